@@ -1,0 +1,1 @@
+"""The vocabulary every service shares. Imports no service and never torch."""

@@ -1,0 +1,104 @@
+"""What goes into the engine and what one step of it brings out.
+
+The engine is synchronous and owned by one thread (services/worker/engine/loop.py); everything here
+is handed over by value, except KV bytes, which move between stage and pool inside a step.
+
+Life of a sequence (`Phase`): WAITING -> PREFILLING -> DECODING -> FINISHED; a full pool sends a
+sequence from PREFILLING or DECODING back to WAITING (preemption), and it recomputes what it had.
+A sequence with `hold=True` stays FINISHED but keeps its pool blocks until it is released, so that
+its KV can be exported.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from common.errors import PenstockError
+from common.generation import FinishReason, Sampling, Token
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+class LoadedKv(msgspec.Struct, frozen=True):
+    """KV of the leading tokens, in host memory, to be copied into the pool when the sequence is admitted.
+
+    Attributes:
+        tokens: how many leading tokens the buffers hold; not necessarily a whole number of blocks.
+        buffers: one full-block record each (`KvLayout.bytes_per_block` bytes), ceil(tokens / block_tokens) of them.
+        on_copied: called once, on the engine's thread, when the buffers are no longer needed,
+            whether the sequence was admitted or dropped.
+    """
+
+    tokens: int
+    buffers: Sequence[memoryview]
+    on_copied: Callable[[], None]
+
+
+class NewSequence(msgspec.Struct, frozen=True):
+    """One sequence to run.
+
+    Attributes:
+        id: unique among live sequences.
+        prompt: token ids.
+        output: tokens generated elsewhere already (by prefill, or before a move); they count as
+            output for penalties, `min_tokens` and `max_tokens`, and their positions for sampling.
+            The KV of the last of them is never in `kv`: it is the next step's input.
+        sampling: resolved.
+        kv: KV of the leading tokens of prompt + output, or None.
+        hold: keep the pool blocks after the finish until `release`.
+        stop_after_prefill: finish (LENGTH) as soon as one token was sampled: what a prefill worker does.
+    """
+
+    id: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    output: Sequence[int] = ()
+    kv: LoadedKv | None = None
+    hold: bool = False
+    stop_after_prefill: bool = False
+
+
+class SequenceStep(msgspec.Struct, frozen=True):
+    """What one step did for one sequence.
+
+    Attributes:
+        tokens: newly sampled tokens (0 or 1 per step today).
+        computed: leading tokens of prompt + output whose KV is in the pool.
+        finish: set on the last step of the sequence.
+        stop_token: the stop or eos token that ended it; it is also the last of `tokens`.
+        error: why the sequence was given up, with finish = ERROR.
+        preempted: the sequence lost its pool blocks in this step and will recompute.
+        started: first step since it was admitted (queueing ends here).
+    """
+
+    id: str
+    tokens: tuple[Token, ...] = ()
+    computed: int = 0
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    error: PenstockError | None = None
+    preempted: bool = False
+    started: bool = False
+
+
+class EngineLoad(msgspec.Struct, frozen=True):
+    """Counts after a step."""
+
+    running: int
+    waiting: int
+    tokens: int
+    pool_blocks_free: int
+    pool_blocks_total: int
+    preemptions: int
+    prefill_tokens_per_s: float
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    sequences: tuple[SequenceStep, ...]
+    load: EngineLoad
