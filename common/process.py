@@ -1,0 +1,77 @@
+"""The outside of a service process: settings errors, event loop, signals.
+
+1. `run(service, main)` installs uvloop and runs `main(stop)`.
+2. The first SIGTERM or SIGINT sets `stop`: the service drains and returns.
+3. The second one ends the process at once (exit status 130).
+4. A `PenstockError` out of `main` is logged as one line and gives exit status 1 (2 for settings).
+5. With PENSTOCK_UP_PARENT set (the launcher does), the process ends when that parent does, however
+   it does: the kernel sends SIGTERM (PR_SET_PDEATHSIG), so no orphan outlives a killed launcher.
+   The signal follows the parent's *thread* that spawned us: launch from the main thread.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from common.errors import PenstockError, SettingsError
+from common.logs import Log
+
+log = Log("process")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PARENT_VARIABLE = "PENSTOCK_UP_PARENT"
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
+    """Runs a service until it returns; the exit status."""
+    follow_parent()
+    try:
+        uvloop.run(_supervised(main))
+    except PenstockError as error:
+        log.error("failed", reason=error.message)
+        return 2 if isinstance(error, SettingsError) else 1
+    except BaseExceptionGroup as group:
+        first = _first_cause(group)
+        if not isinstance(first, PenstockError):
+            raise
+        log.error("failed", reason=first.message)
+        return 1
+    return 0
+
+
+async def _supervised(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        log.event("draining")
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await main(stop)
+    log.event("stopped")
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def follow_parent() -> None:
+    """Asks the kernel to end this process with its parent, when a launcher says that it is one."""
+    expected = os.environ.get(PARENT_VARIABLE)
+    if expected is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(expected):  # it died before we asked
+        os._exit(1)
