@@ -1,21 +1,21 @@
 """The error tree, and the one table that says what each error means on every protocol.
 
-    PenstockError
-    ├── InvalidRequest        the request can't be served as written (names the parameter)
-    │   └── ContextExceeded   prompt and output don't fit the model's context
-    ├── Unauthenticated       missing or wrong API key
-    ├── NotFound              unknown model, request or route
-    ├── PayloadTooLarge       body over the limit
-    ├── Overloaded            a bound is reached: refused now, retry later
-    ├── DeadlineExceeded      the request's time ran out
-    ├── Unavailable           no worker, or a peer can't be reached
-    ├── LeaseRejected         token unknown, expired, from another epoch, or without the right
-    ├── CorruptBlock          checksum, header or namespace mismatch: a miss, never served
-    ├── TransferFailed        a byte-plane operation ended short
-    ├── Cancelled             the caller went away
-    ├── SettingsError         a flag, file or variable that can't be used; names it
-    ├── UnsupportedModel      a model directory or configuration that can't be served
-    └── Internal              our bug
+PenstockError
+├── InvalidRequest        the request can't be served as written (names the parameter)
+│   └── ContextExceeded   prompt and output don't fit the model's context
+├── Unauthenticated       missing or wrong API key
+├── NotFound              unknown model, request or route
+├── PayloadTooLarge       body over the limit
+├── Overloaded            a bound is reached: refused now, retry later
+├── DeadlineExceeded      the request's time ran out
+├── Unavailable           no worker, or a peer can't be reached
+├── LeaseRejected         token unknown, expired, from another epoch, or without the right
+├── CorruptBlock          checksum, header or namespace mismatch: a miss, never served
+├── TransferFailed        a byte-plane operation ended short
+├── Cancelled             the caller went away
+├── SettingsError         a flag, file or variable that can't be used; names it
+├── UnsupportedModel      a model directory or configuration that can't be served
+└── Internal              our bug
 """
 
 from typing import NamedTuple

@@ -56,7 +56,9 @@ class Log:
 
     def _emit(self, level: int, event: str, fields: dict[str, Any], trace: bool = False) -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, extra={"fields": self._fields | fields}, exc_info=trace and sys.exc_info()[0] is not None)
+            self._logger.log(
+                level, event, extra={"fields": self._fields | fields}, exc_info=trace and sys.exc_info()[0] is not None
+            )
 
 
 class _Json(logging.Formatter):

@@ -88,7 +88,9 @@ async def serve(host: str, port: int, names: Iterable[str], register: Callable[[
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
-        raise Unavailable(f"can't listen on {host}:{port}: the port is in use or the address isn't ours; choose another") from error
+        raise Unavailable(
+            f"can't listen on {host}:{port}: the port is in use or the address isn't ours; choose another"
+        ) from error
     await server.start()
     out = Server(server, f"{host}:{bound}", health, names)
     await out.set_serving(False)
@@ -126,7 +128,9 @@ async def aborting(context: grpc.aio.ServicerContext[Any, Any], what: str) -> As
         await abort(context, error)
 
 
-_BY_STATUS: dict[grpc.StatusCode, type[PenstockError]] = {sense.grpc_status: kind for kind, sense in reversed(MEANING.items())} | {
+_BY_STATUS: dict[grpc.StatusCode, type[PenstockError]] = {
+    sense.grpc_status: kind for kind, sense in reversed(MEANING.items())
+} | {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.UNKNOWN: Internal,

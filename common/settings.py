@@ -109,7 +109,9 @@ def _from_environ(kind: type[msgspec.Struct], section: str, environ: Mapping[str
             continue
         owner, _, key = name.removeprefix(_PREFIX).lower().partition("_")
         if owner not in SECTIONS:
-            raise SettingsError(f"unknown variable {name}: expected {_PREFIX}CONFIG or {_PREFIX}<{'|'.join(SECTIONS).upper()}>_<KEY>")
+            raise SettingsError(
+                f"unknown variable {name}: expected {_PREFIX}CONFIG or {_PREFIX}<{'|'.join(SECTIONS).upper()}>_<KEY>"
+            )
         if owner == section:
             if key not in known:
                 raise SettingsError(f"unknown variable {name}{_nearest(key, known)}")
@@ -124,7 +126,9 @@ def _from_toml(kind: type[msgspec.Struct], section: str, path: Path) -> dict[str
         raise SettingsError(f"--config {path}: {error}") from error
     for table in document:
         if table not in SECTIONS or not isinstance(document[table], dict):
-            raise SettingsError(f"{path}: unknown key {table!r}{_nearest(table, SECTIONS)}; expected the tables {', '.join(SECTIONS)}")
+            raise SettingsError(
+                f"{path}: unknown key {table!r}{_nearest(table, SECTIONS)}; expected the tables {', '.join(SECTIONS)}"
+            )
     known = [field.name for field in msgspec.structs.fields(kind)]
     table_values: dict[str, Any] = document.get(section, {})
     for key in table_values:

@@ -161,7 +161,7 @@ class RouterMessage(_message.Message):
     def __init__(self, start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling", "route", "deadline_ms", "chain_root", "traceparent")
+    __slots__ = ("request_id", "token_ids", "sampling", "route", "deadline_ms", "chain_root", "traceparent", "output_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,7 @@ class Start(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -176,7 +177,8 @@ class Start(_message.Message):
     deadline_ms: int
     chain_root: bytes
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., chain_root: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    output_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., chain_root: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., output_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -289,11 +291,15 @@ class RunRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., present_blocks: _Optional[int] = ..., stage: _Optional[_Union[Lease, _Mapping]] = ..., namespace: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class RunEvent(_message.Message):
-    __slots__ = ("blocks_filled", "first", "report")
+    __slots__ = ("blocks_filled", "first", "report", "finish", "stop_token")
     BLOCKS_FILLED_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_FIELD_NUMBER: _ClassVar[int]
     blocks_filled: int
     first: Token
     report: Report
-    def __init__(self, blocks_filled: _Optional[int] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+    finish: str
+    stop_token: int
+    def __init__(self, blocks_filled: _Optional[int] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ...) -> None: ...

@@ -68,11 +68,15 @@ class Transport(Protocol):
 
     carrier: str  # "tcp", "shm" or "grpc"
 
-    async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+    async def read(
+        self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float
+    ) -> list[PartStatus]:
         """Fills `into[i]` with `parts[i]`; equal lengths pairwise. Never raises for a part."""
         ...
 
-    async def write(self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+    async def write(
+        self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float
+    ) -> list[PartStatus]:
         """Sends `source[i]` to `parts[i]`. `OK` means the owner has verified and committed it."""
         ...
 

@@ -18,13 +18,27 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     advertise_host: Annotated[str, Meta(description="host that peers reach this worker by; empty: host")] = ""
     metrics_port: Annotated[int | None, Meta(ge=0, le=65535, description="Prometheus port; unset: no metrics server")] = None
     nats: Annotated[str, Meta(description="NATS URL; empty: no event plane, peers are static")] = ""
-    run_dir: Annotated[str, Meta(description="folder for unix sockets; peers on this host that share it move bytes by shared memory; empty: tcp only")] = ""
-    transport: Annotated[Literal["auto", "shm", "tcp", "grpc"], Meta(description="carrier used to reach peers: auto, shm, tcp or grpc")] = "auto"
+    run_dir: Annotated[
+        str,
+        Meta(
+            description="folder for unix sockets; peers on this host that share it move bytes by shared memory; empty: tcp only"
+        ),
+    ] = ""
+    transport: Annotated[
+        Literal["auto", "shm", "tcp", "grpc"], Meta(description="carrier used to reach peers: auto, shm, tcp or grpc")
+    ] = "auto"
     device: Annotated[str, Meta(description="torch device: cpu, cuda, cuda:N, or auto")] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Meta(description="dtype of weights and KV; auto: the checkpoint's")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Meta(description="dtype of weights and KV; auto: the checkpoint's")
+    ] = "auto"
     threads: Annotated[int, Meta(ge=0, description="CPU threads of the engine; 0: torch's default")] = 0
-    kernels: Annotated[Literal["auto", "off", "require"], Meta(description="CPU kernels compiled with the machine's C compiler: auto, off, require")] = "auto"
-    block_tokens: Annotated[int, Meta(ge=0, le=1024, description="tokens per KV block, a power of two; 0: chosen from the model")] = 0
+    kernels: Annotated[
+        Literal["auto", "off", "require"],
+        Meta(description="CPU kernels compiled with the machine's C compiler: auto, off, require"),
+    ] = "auto"
+    block_tokens: Annotated[
+        int, Meta(ge=0, le=1024, description="tokens per KV block, a power of two; 0: chosen from the model")
+    ] = 0
     context_tokens: Annotated[int, Meta(ge=0, description="longest prompt plus output; 0: the model's own limit")] = 0
     pool_bytes: Annotated[int, Meta(ge=0, description="KV memory of the engine; 0: chosen from the machine")] = 0
     stage_bytes: Annotated[int, Meta(ge=0, description="shared-memory stage for transfers; 0: chosen from the machine")] = 0
