@@ -109,7 +109,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     metadata = [(_CODE_KEY, sense.code)]
     if isinstance(error, PenstockError) and error.retry_after_s is not None:
         metadata.append((_RETRY_KEY, str(error.retry_after_s)))
-    await context.abort(sense.grpc_status, message, metadata)
+    await context.abort(sense.grpc_status, message, tuple(metadata))
 
 
 @asynccontextmanager
