@@ -159,3 +159,23 @@ def save_tiny(family: str, directory: Path | str, seed: int = 0, **changes: Any)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def load_oracle(directory: Path | str) -> PreTrainedModel:
+    """The same checkpoint in plain `transformers`, with eager attention: the only one that honours soft caps and sinks."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    return model.eval()
+
+
+def oracle_generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy `generate`: output tokens (a final EOS included) and raw log-probabilities `[tokens, vocab]`."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).float().log_softmax(dim=-1)
