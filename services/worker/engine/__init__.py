@@ -1,0 +1,1 @@
+"""The paged, continuously batching engine of prefill and decode workers."""

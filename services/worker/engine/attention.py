@@ -1,0 +1,191 @@
+"""The one attention function that all models call, over the paged pool.
+
+`register()` makes it known to `transformers` as the attention implementation `penstock`. No mask
+function is registered under that name, so models build no masks. A forward pass hands its `paging`
+object down to every layer as a keyword argument; there the layer's keys and values are written to the
+pool, then each row attends to the keys of its own sequence.
+
+`TorchAttention` is the device-neutral way to do that: gather the pages, then `scaled_dot_product_attention`.
+`KernelAttention` calls the compiled kernels, which read the pages in place.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from services.worker.engine.batch import StepInput
+
+NAME = "penstock"
+
+
+class Paging(Protocol):
+    """What `paging=` may be: the engine's step, or the probe that looks at a model when it is loaded."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """query `[1, q_heads, tokens, head_dim]`, key and value `[1, kv_heads, tokens, head_dim]` ->
+        `[1, tokens, q_heads, head_dim]`."""
+        ...
+
+
+def register() -> None:
+    AttentionInterface.register(NAME, _attention)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    paging: Paging,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return paging.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux), None  # type: ignore[arg-type]
+
+
+class TorchAttention:
+    """Writes a step's KV to the pool and attends, with torch operations only."""
+
+    def __init__(self, pool: Tensor) -> None:
+        # Per layer: k and v, each [block, token, kv_head, head_dim], strided in block.
+        self._layers = [(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(pool.shape[1])]
+        self._step: StepInput | None = None
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def begin(self, step: StepInput) -> "TorchAttention":
+        """The paging object of the next forward pass."""
+        self._step = step
+        self._masks = {}
+        return self
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        step = self._step
+        assert step is not None
+        keys, values = self._layers[layer]
+        keys[step.block_ids, step.offsets] = key[0].transpose(0, 1)
+        values[step.block_ids, step.offsets] = value[0].transpose(0, 1)
+        heads = (scale, softcap, sinks)
+        parts = []
+        if step.decodes:
+            parts.append(self._decode(step, query[0, :, : step.decodes], keys, values, window, *heads))
+        for index, start in enumerate(step.starts):
+            rows = slice(step.decodes + step.bounds[index], step.decodes + step.bounds[index + 1])
+            own = (key[:, :, rows], value[:, :, rows]) if start == 0 else None
+            parts.append(self._prefill(step, index, query[:, :, rows], keys, values, own, window, *heads))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _decode(
+        self,
+        step: StepInput,
+        query: Tensor,  # [q_heads, rows, head_dim]
+        keys: Tensor,
+        values: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        tables = step.tables[: step.decodes]
+        key, value = (pages[tables].flatten(1, 2).transpose(1, 2) for pages in (keys, values))
+        mask = self._masks.get((-1, window))
+        if mask is None:
+            index = torch.arange(key.shape[2], device=key.device)[None, :]
+            lengths = step.context_lens[:, None]
+            mask = index < lengths if window is None else (index < lengths) & (index >= lengths - window)
+            mask = self._masks[-1, window] = mask[:, None, None, :]
+        out = attention(query.transpose(0, 1)[:, :, None], key, value, mask, scale, softcap, sinks)
+        return out[:, :, 0]
+
+    def _prefill(
+        self,
+        step: StepInput,
+        index: int,
+        query: Tensor,  # [1, q_heads, rows, head_dim]
+        keys: Tensor,
+        values: Tensor,
+        own: tuple[Tensor, Tensor] | None,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        start, rows = step.starts[index], query.shape[2]
+        end = start + rows
+        if own is None:
+            table = step.tables[step.decodes + index, : -(-end // keys.shape[1])]
+            key, value = (pages[table].flatten(0, 1)[:end].transpose(0, 1)[None] for pages in (keys, values))
+        else:
+            key, value = own
+        windowed = window if window is not None and window < end else None
+        mask = None
+        if start or windowed is not None or softcap is not None or sinks is not None:
+            mask = self._masks.get((index, windowed))
+            if mask is None:
+                mask = self._masks[index, windowed] = causal_mask(start, end, windowed, key.device)
+        return attention(query, key, value, mask, scale, softcap, sinks)[0].transpose(0, 1)
+
+
+def causal_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys `[0, end)` each query at `[start, end)` sees: `[queries, keys]` bool."""
+    query = torch.arange(start, end, device=device)[:, None]
+    key = torch.arange(end, device=device)[None, :]
+    return key <= query if window is None else (key <= query) & (key > query - window)
+
+
+def attention(
+    query: Tensor,  # [batch, q_heads, queries, head_dim]
+    key: Tensor,  # [batch, kv_heads, keys, head_dim]
+    value: Tensor,
+    mask: Tensor | None,  # broadcastable to [batch, heads, queries, keys]; None is causal
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,  # [q_heads]: one extra logit each that takes weight and gives no value
+) -> Tensor:
+    if softcap is None and sinks is None:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    assert mask is not None
+    batch, q_heads, queries, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped_query = query.reshape(batch, kv_heads, -1, head_dim)
+    scores = (grouped_query @ key.transpose(-1, -2)).view(batch, q_heads, queries, -1).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        extra = sinks.float().view(1, -1, 1, 1).expand(batch, -1, queries, 1)
+        weights = torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    out = weights.to(value.dtype).view(batch, kv_heads, -1, weights.shape[-1]) @ value
+    return out.view(batch, q_heads, queries, head_dim)

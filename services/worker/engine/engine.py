@@ -1,0 +1,337 @@
+"""The paged, continuously batching engine: schedule, run, postprocess.
+
+Synchronous, owned by one thread (loop.py). `step()` never raises for what a sequence or the model
+does: a sequence that can't go on ends with an error in the step's result, the others continue.
+
+    schedule      Scheduler.plan() decides which tokens of which sequences run
+    load          KV that came from elsewhere is copied into the pool at admission
+    run           one forward pass over all planned tokens, laid end to end
+    postprocess   sample where a sequence's last token was computed; finish, hold or free
+
+A retained span keeps full blocks alive, and unchanged, beyond their sequence: the pool may be read in place.
+"""
+
+import logging
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import ContextExceeded, Internal, InvalidRequest, NotFound, PenstockError
+from common.generation import FinishReason, Token
+from services.worker.engine.attention import TorchAttention
+from services.worker.engine.batch import StepInput, StepTables
+from services.worker.engine.pool import BlockPool, blocks_for, pool_blocks
+from services.worker.engine.sampling import Sampled, sample
+from services.worker.engine.scheduler import Chunk, Plan, Scheduler
+from services.worker.engine.sequence import Event, Sequence
+from services.worker.engine.types import EngineLoad, NewSequence, Phase, SequenceStep, StepResult
+from services.worker.model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+# Weight of the newest measurement of prefill speed.
+_RATE_WEIGHT = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Full blocks kept by `Engine.retain` until `Engine.release_span`; their bytes don't change meanwhile."""
+
+    blocks: tuple[int, ...]
+
+
+class Engine:
+    """One model, one pool, many sequences.
+
+    Args:
+        pool_bytes: KV memory; 0 chooses from the machine.
+        sequences_max: sequences in one batch. waiting_max: sequences that may queue beyond it.
+        step_tokens_max: tokens of one step; longer prompts are computed in chunks.
+
+    Attributes:
+        context_tokens: longest prompt plus output: the model's, or what the pool holds if that is less.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        pool_bytes: int = 0,
+        sequences_max: int = 64,
+        waiting_max: int = 256,
+        step_tokens_max: int = 1024,
+    ) -> None:
+        self.model = model
+        self.layout = model.layout
+        block_tokens = model.layout.block_tokens
+        blocks = pool_blocks(model.layout, pool_bytes, model.context_tokens, sequences_max, model.device)
+        self.context_tokens = min(model.context_tokens, blocks * block_tokens)
+        self.pool = BlockPool(model.layout, blocks, model.device)
+        self._scheduler = Scheduler(
+            self.pool.allocator,
+            block_tokens,
+            sequences_max=sequences_max,
+            waiting_max=waiting_max,
+            step_tokens_max=step_tokens_max,
+        )
+        self._tables = StepTables(sequences_max, blocks_for(self.context_tokens, block_tokens), block_tokens, model.device)
+        self._attention = TorchAttention(self.pool.tensor)
+        self._live: dict[str, Sequence] = {}
+        self._held: dict[str, Sequence] = {}
+        self._spans: list[Span] = []
+        self._ended: list[SequenceStep] = []  # finished outside a step, reported by the next one
+        self._arrivals = 0
+        self._prefill_rate = 0.0
+        self.blocked = False
+
+    # -- what goes in
+
+    def check(self, new: NewSequence) -> None:
+        """Raises what makes `new` unservable, whatever runs at the moment. Pure; any thread may call it."""
+        tokens = len(new.prompt) + len(new.output)
+        if not new.prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if tokens >= self.context_tokens:
+            raise ContextExceeded(
+                f"prompt and output so far are {tokens} tokens; at most {self.context_tokens - 1} leave room for one more in the "
+                f"context of {self.context_tokens} tokens",
+                param="prompt",
+            )
+        for ids in (new.prompt, new.output):
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= self.model.vocab_size:
+                wrong = low if low < 0 else high
+                raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {self.model.vocab_size}", param="prompt")
+        if len(new.output) >= new.sampling.max_tokens:
+            raise InvalidRequest(f"{len(new.output)} of max_tokens = {new.sampling.max_tokens} are generated already", param="max_tokens")
+        if new.kv is not None:
+            self._check_kv(new, tokens)
+
+    def _check_kv(self, new: NewSequence, tokens: int) -> None:
+        assert new.kv is not None
+        needed = blocks_for(new.kv.tokens, self.layout.block_tokens)
+        if not 0 <= new.kv.tokens < tokens:
+            raise InvalidRequest(f"KV of {new.kv.tokens} tokens for a sequence of {tokens}: at least one token must be computed")
+        if len(new.kv.buffers) != needed or any(buffer.nbytes != self.layout.bytes_per_block for buffer in new.kv.buffers):
+            sizes = [buffer.nbytes for buffer in new.kv.buffers]
+            raise InvalidRequest(
+                f"KV of {new.kv.tokens} tokens comes in buffers of {sizes} bytes; expected {needed} of {self.layout.bytes_per_block}"
+            )
+
+    def add(self, new: NewSequence) -> None:
+        """Queues a sequence. On any error `new.kv` is given back too: `on_copied` is called exactly once in every outcome."""
+        try:
+            self.check(new)
+            if new.id in self._live or new.id in self._held:
+                raise InvalidRequest(f"sequence id {new.id!r} is in use")
+            sequence = Sequence(new, self._arrivals)
+            self._scheduler.add(sequence)
+        except BaseException:
+            if new.kv is not None:
+                new.kv.on_copied()
+            raise
+        self._arrivals += 1
+        self._live[new.id] = sequence
+
+    def cancel(self, sequence_id: str) -> None:
+        """Ends a sequence in any phase and frees what it holds; the next step reports it. Unknown ids are ignored."""
+        sequence = self._live.get(sequence_id)
+        if sequence is not None:
+            self._end(sequence, keep_blocks=False)
+            self._ended.append(SequenceStep(sequence_id, computed=sequence.computed, finish=FinishReason.CANCELLED))
+        else:
+            self.release(sequence_id)
+
+    def fail_all(self, error: PenstockError) -> None:
+        """Ends every live sequence with an error; the next step reports it."""
+        for sequence in list(self._live.values()):
+            self._fail(sequence, error)
+
+    # -- KV that leaves
+
+    def release(self, sequence_id: str) -> None:
+        """Frees the blocks of a finished sequence that was added with `hold`. Unknown ids are ignored."""
+        sequence = self._held.pop(sequence_id, None)
+        if sequence is not None:
+            self._scheduler.free(sequence)
+
+    def export(self, sequence_id: str, first_block: int, last_block: int, out: Items[memoryview]) -> None:
+        """Copies blocks `[first_block, last_block)` of a live or held sequence into records; the last may be partial."""
+        sequence = self._with_blocks(sequence_id, first_block, last_block, full=False)
+        tokens = sequence.computed - first_block * self.layout.block_tokens
+        count = last_block - first_block
+        self.pool.export(sequence.blocks[first_block:last_block], out, min(tokens, count * self.layout.block_tokens))
+
+    def retain(self, sequence_id: str, first_block: int, last_block: int) -> Span:
+        """Keeps full blocks `[first_block, last_block)` until `release_span`, whatever becomes of the sequence."""
+        sequence = self._with_blocks(sequence_id, first_block, last_block, full=True)
+        span = Span(tuple(sequence.blocks[first_block:last_block]))
+        self.pool.allocator.retain(span.blocks)
+        self._spans.append(span)
+        return span
+
+    def release_span(self, span: Span) -> None:
+        for index, own in enumerate(self._spans):
+            if own is span:
+                del self._spans[index]
+                self.pool.allocator.release(span.blocks)
+                return
+
+    def records(self, span: Span) -> list[memoryview] | None:
+        """The bytes of retained blocks in place, for any thread; None where the pool isn't in host memory."""
+        views = [self.pool.record(block) for block in span.blocks]
+        return None if any(view is None for view in views) else [view for view in views if view is not None]
+
+    def _with_blocks(self, sequence_id: str, first: int, last: int, *, full: bool) -> Sequence:
+        sequence = self._live.get(sequence_id) or self._held.get(sequence_id)
+        if sequence is None:
+            raise NotFound(f"sequence {sequence_id!r} is not live and not held")
+        tokens = self.layout.block_tokens
+        there = sequence.computed // tokens if full else blocks_for(sequence.computed, tokens)
+        if not 0 <= first <= last <= there:
+            raise NotFound(f"sequence {sequence_id!r} has {there} computed blocks; [{first}, {last}) was asked for")
+        return sequence
+
+    # -- the step
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to compute and nothing to report."""
+        return not self._live and not self._ended
+
+    @torch.inference_mode()
+    def step(self) -> StepResult:
+        plan = self._scheduler.plan()
+        for sequence in plan.preempted:
+            self._tables.forget(sequence)
+        self._load_kv(plan)
+        steps = {sequence.id: SequenceStep(sequence.id, preempted=True) for sequence in plan.preempted}
+        chunks = [chunk for chunk in plan.chunks if chunk.sequence.id in self._live]
+        self.blocked = not chunks and not plan.preempted
+        if chunks:
+            started = time.perf_counter()
+            for step in self._run(chunks):
+                steps[step.id] = step
+            self._measure(chunks, time.perf_counter() - started)
+        ended, self._ended = self._ended, []
+        return StepResult((*steps.values(), *ended), self.load)
+
+    def _load_kv(self, plan: Plan) -> None:
+        for sequence in plan.admitted:
+            if sequence.kv is None:
+                continue
+            try:
+                self.pool.load(sequence.blocks[: len(sequence.kv.buffers)], sequence.kv.buffers, sequence.kv.tokens)
+                sequence.drop_kv()
+            except Exception as error:
+                log.exception("loading the KV of %s", sequence.id)
+                self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
+
+    def _run(self, chunks: list[Chunk]) -> list[SequenceStep]:
+        try:
+            step = self._tables.build(chunks)
+            sampled = sample(self._forward(step), step.sampling) if step.sampling else self._compute(step)
+        except Exception as error:
+            log.exception("a step over %d sequences", len(chunks))
+            for chunk in chunks:
+                self._fail(chunk.sequence, Internal(f"the engine's step failed: {error!r}"))
+            return []
+        outcome = dict(zip((sequence.id for sequence in step.sampling), sampled, strict=True))
+        return [done for chunk in chunks if (done := self._advance(chunk, outcome.get(chunk.sequence.id)))]
+
+    def _forward(self, step: StepInput) -> Tensor:
+        """Logits of the step's `sample_rows`, `[samples, vocab]`."""
+        logits: Tensor = self.model.model(
+            input_ids=step.input_ids,
+            position_ids=step.position_ids,
+            use_cache=False,
+            logits_to_keep=step.sample_rows,
+            paging=self._attention.begin(step),
+        ).logits
+        return logits[0]
+
+    def _compute(self, step: StepInput) -> list[Sampled]:
+        """A step that only fills KV: no logits."""
+        self.model.model.base_model(
+            input_ids=step.input_ids, position_ids=step.position_ids, use_cache=False, paging=self._attention.begin(step)
+        )
+        return []
+
+    def _advance(self, chunk: Chunk, sampled: Sampled | None) -> SequenceStep | None:
+        sequence = chunk.sequence
+        started, sequence.started = not sequence.started, True
+        if sampled is None:
+            sequence.computed = chunk.end
+            return SequenceStep(sequence.id, computed=chunk.end, started=started)
+        if sampled.token is None:
+            self._fail(sequence, Internal("the model gave logits that are not finite"), scrub=True)
+            return None
+        sequence.computed = chunk.end
+        sequence.tokens.append(sampled.token.id)
+        sequence.advance(Event.SAMPLE)
+        finish, stop_token = self._finish_of(sequence, sampled.token)
+        if finish is not None:
+            self._end(sequence, keep_blocks=sequence.hold)
+        return SequenceStep(
+            sequence.id, tokens=(sampled.token,), computed=chunk.end, finish=finish, stop_token=stop_token, started=started
+        )
+
+    def _finish_of(self, sequence: Sequence, token: Token) -> tuple[FinishReason | None, int | None]:
+        if token.id in sequence.stop_ids:
+            return FinishReason.STOP, token.id
+        limit = sequence.generated >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.context_tokens
+        return (FinishReason.LENGTH if limit or sequence.stop_after_prefill else None), None
+
+    def _end(self, sequence: Sequence, *, keep_blocks: bool) -> None:
+        del self._live[sequence.id]
+        self._scheduler.finish(sequence, keep_blocks=keep_blocks)
+        self._tables.forget(sequence)
+        sequence.drop_kv()
+        if keep_blocks:
+            self._held[sequence.id] = sequence
+
+    def _fail(self, sequence: Sequence, error: PenstockError, *, scrub: bool = False) -> None:
+        if scrub:
+            self.pool.scrub(sequence.blocks)
+        self._end(sequence, keep_blocks=False)
+        self._ended.append(SequenceStep(sequence.id, computed=sequence.computed, finish=FinishReason.ERROR, error=error))
+
+    # -- how it is doing
+
+    def _measure(self, chunks: list[Chunk], elapsed_s: float) -> None:
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        # Steps that mostly decode say nothing about prefill.
+        if tokens >= 4 * len(chunks) and elapsed_s > 0:
+            rate = tokens / elapsed_s
+            self._prefill_rate += (rate - self._prefill_rate) * (_RATE_WEIGHT if self._prefill_rate else 1.0)
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            tokens=sum(len(sequence.tokens) for sequence in self._live.values()),
+            pool_blocks_free=self.pool.allocator.free,
+            pool_blocks_total=self.pool.allocator.total,
+            preemptions=self._scheduler.preemptions,
+            prefill_tokens_per_s=self._prefill_rate,
+        )
+
+    @property
+    def full(self) -> bool:
+        """One more sequence would be refused. A snapshot; any thread may read it."""
+        return self._scheduler.full
+
+    def check_integrity(self) -> None:
+        """Every block is free or has exactly the holders that are known here; every phase fits its place."""
+        self._scheduler.check_integrity()
+        self._tables.check_integrity(self._scheduler.running)
+        live = {sequence.id for sequence in (*self._scheduler.running, *self._scheduler.waiting)}
+        assert live == set(self._live), "live sequences"
+        assert all(sequence.phase is Phase.FINISHED for sequence in self._held.values()), "held sequences"
+        holders = [*self._live.values(), *self._held.values()]
+        held = [block for sequence in holders for block in sequence.blocks]
+        self.pool.allocator.check_integrity(held + [block for span in self._spans for block in span.blocks])

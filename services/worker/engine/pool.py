@@ -1,0 +1,132 @@
+"""The pool: KV memory paged in blocks, and who holds each block.
+
+`BlockAllocator` is pure bookkeeping: a block is free, or it has one or more holders (a sequence, a
+retained span). `BlockPool` owns the tensor `[block, layer, k|v, token, kv_head, head_dim]`, so that one
+block is one contiguous record: the block as it is stored and sent.
+
+The pool starts zeroed and never keeps a non-finite value past its sequence (`scrub`): attention masks
+keys it must not see, but a masked NaN in `v` would still spread.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.kv_layout import KvLayout
+
+# A worker shares its machine with three others and the page cache that serves the SSD.
+MEMORY_SHARE = 1 / 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def blocks_for(tokens: int, block_tokens: int) -> int:
+    return -(-tokens // block_tokens)
+
+
+class BlockAllocator:
+    """Free list and reference counts over block numbers `[0, blocks)`."""
+
+    def __init__(self, blocks: int) -> None:
+        self.total = blocks
+        self._free = list(range(blocks - 1, -1, -1))
+        self._holders = [0] * blocks
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks with one holder each; the caller has checked `free`."""
+        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._holders[block] = 1
+        return taken
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            assert self._holders[block] > 0, f"block {block} is free"
+            self._holders[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            assert self._holders[block] > 0, f"block {block} is free already"
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free.append(block)
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """`held` names every block once per holder; anything else is a leak or a double use."""
+        expected = [0] * self.total
+        for block in held:
+            expected[block] += 1
+        assert expected == self._holders, [
+            (block, want, have) for block, (want, have) in enumerate(zip(expected, self._holders, strict=True)) if want != have
+        ]
+        assert sorted(self._free) == [block for block, count in enumerate(self._holders) if not count], "free list"
+
+
+class BlockPool:
+    """The tensor of all blocks, and copies between it and records in host memory."""
+
+    def __init__(self, layout: KvLayout, blocks: int, device: torch.device | str = "cpu") -> None:
+        shape = (blocks, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
+        self.layout = layout
+        self.tensor = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
+        self.allocator = BlockAllocator(blocks)
+        self._records = self.tensor.view(blocks, -1).view(torch.uint8)  # [block, bytes_per_block]
+        assert self._records.shape[1] == layout.bytes_per_block
+        self._host: np.ndarray | None = self._records.numpy() if self.tensor.device.type == "cpu" else None
+
+    def load(self, block_ids: Sequence[int], records: Sequence[memoryview], tokens: int) -> None:
+        """Copies records into blocks; what a partial last record holds past `tokens` is zeroed."""
+        for block, record in zip(block_ids, records, strict=True):
+            source = np.frombuffer(record, dtype=np.uint8)
+            if self._host is not None:
+                self._host[block] = source
+            else:
+                self._records[block].copy_(torch.from_numpy(source.copy()))
+        tail = tokens % self.layout.block_tokens
+        if tail:
+            self.tensor[block_ids[-1], :, :, tail:] = 0
+
+    def export(self, block_ids: Sequence[int], out: Sequence[memoryview], tokens: int) -> None:
+        """Copies blocks out; `tokens` is how many they hold. The rest of a partial block leaves as zeros: it may
+        hold another sequence's KV."""
+        for block, record in zip(block_ids, out, strict=True):
+            target = np.frombuffer(record, dtype=np.uint8)
+            source = self._host[block] if self._host is not None else self._records[block].cpu().numpy()
+            np.copyto(target, source)
+        tail = tokens - (len(block_ids) - 1) * self.layout.block_tokens
+        if block_ids and tail < self.layout.block_tokens:
+            slices = np.frombuffer(out[-1], dtype=np.uint8).reshape(self.layout.layers, 2, self.layout.block_tokens, -1)
+            slices[:, :, tail:] = 0
+
+    def record(self, block: int) -> memoryview | None:
+        """The bytes of a block in place, read-only, or None where the pool isn't in host memory."""
+        return None if self._host is None else memoryview(self._host[block]).toreadonly()
+
+    def scrub(self, block_ids: Sequence[int]) -> None:
+        """Zeroes blocks that may hold non-finite values."""
+        if block_ids:
+            self.tensor[torch.tensor(block_ids, device=self.tensor.device)] = 0
+
+
+def pool_blocks(layout: KvLayout, pool_bytes: int, context_tokens: int, sequences_max: int, device: torch.device) -> int:
+    """How many blocks fit `pool_bytes`; 0 chooses: a share of the memory, and no more than the batch can fill."""
+    wanted = sequences_max * blocks_for(context_tokens, layout.block_tokens)
+    if pool_bytes == 0:
+        pool_bytes = int(_memory_bytes(device) * MEMORY_SHARE)
+    else:
+        wanted = pool_bytes // layout.bytes_per_block
+    return max(1, min(wanted, pool_bytes // layout.bytes_per_block))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        # The pool takes most of what the weights left.
+        return int(torch.cuda.mem_get_info(device)[0] * 0.85 / MEMORY_SHARE)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

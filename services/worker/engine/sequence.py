@@ -1,0 +1,95 @@
+"""One live sequence and its life cycle.
+
+The cycle is the table `NEXT`; a missing key is a bug in the caller. Who sets what:
+
+- `Engine` creates the sequence and appends sampled tokens;
+- `Scheduler` moves it between phases, gives and takes `blocks`, sets `computed` at admission and preemption;
+- `Engine` advances `computed` after the forward pass that made the KV.
+
+Invariants while PREFILLING or DECODING: `computed < len(tokens)` before a step (the last token is
+always an input), `blocks` holds at least `computed` tokens, and the sequence owns one `row` of the step tables.
+"""
+
+import logging
+from enum import StrEnum
+from typing import Any
+
+from common.generation import Sampling
+from services.worker.engine.types import LoadedKv, NewSequence, Phase
+
+
+log = logging.getLogger(__name__)
+
+
+class Event(StrEnum):
+    ADMIT = "admit"
+    SAMPLE = "sample"
+    PREEMPT = "preempt"
+    FINISH = "finish"
+
+
+NEXT: dict[Phase, dict[Event, Phase]] = {
+    Phase.WAITING: {Event.ADMIT: Phase.PREFILLING, Event.FINISH: Phase.FINISHED},
+    Phase.PREFILLING: {Event.SAMPLE: Phase.DECODING, Event.PREEMPT: Phase.WAITING, Event.FINISH: Phase.FINISHED},
+    Phase.DECODING: {Event.SAMPLE: Phase.DECODING, Event.PREEMPT: Phase.WAITING, Event.FINISH: Phase.FINISHED},
+    Phase.FINISHED: {},
+}
+
+
+class Sequence:
+    """Mutable state of one sequence; owned by the engine's thread.
+
+    Attributes:
+        tokens: prompt and output.
+        computed: leading tokens whose KV is in `blocks`.
+        blocks: pool blocks in order; block i holds tokens `[i * block_tokens, (i + 1) * block_tokens)`.
+        arrival: order of `add`; the latest is preempted first.
+        row: its row of the step tables while running, and how many `blocks` that row has.
+        kv: KV to copy in at admission; None once it was copied or dropped.
+        penalties: what sampling remembers about it (services/worker/engine/sampling.py).
+    """
+
+    __slots__ = (
+        "arrival", "blocks", "computed", "hold", "id", "kv", "penalties", "phase", "preemptions", "prompt_tokens",
+        "row", "row_blocks", "sampling", "started", "stop_after_prefill", "stop_ids", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, new: NewSequence, arrival: int) -> None:
+        self.id = new.id
+        self.sampling: Sampling = new.sampling
+        self.tokens: list[int] = [*new.prompt, *new.output]
+        self.prompt_tokens = len(new.prompt)
+        self.kv: LoadedKv | None = new.kv
+        self.hold = new.hold
+        self.stop_after_prefill = new.stop_after_prefill
+        self.arrival = arrival
+        self.stop_ids = frozenset(new.sampling.stop_token_ids) | (
+            frozenset() if new.sampling.ignore_eos else frozenset(new.sampling.eos_token_ids)
+        )
+        self.phase = Phase.WAITING
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.row: int | None = None
+        self.row_blocks = 0
+        self.started = False
+        self.preemptions = 0
+        self.penalties: Any = None
+
+    def __repr__(self) -> str:
+        return f"<{self.id} {self.phase} {self.computed}/{len(self.tokens)} tokens, {len(self.blocks)} blocks>"
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    def advance(self, event: Event) -> None:
+        self.phase = NEXT[self.phase][event]
+
+    def drop_kv(self) -> None:
+        """Gives the loaded KV's buffers back, once."""
+        if self.kv is not None:
+            kv, self.kv = self.kv, None
+            try:
+                kv.on_copied()
+            except Exception:
+                log.exception("on_copied of %s", self.id)
