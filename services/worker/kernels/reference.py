@@ -12,6 +12,8 @@ Conventions shared by all attention operations here and in `ops`:
 - Mathematics is float32 throughout; the result has the queries' dtype.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,7 @@ def paged_attention_prefill(
     """
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
-    for sequence, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             out[start:end] = _attend(
                 q[start:end], k, v, block_table[sequence], positions[start:end], scale, window, softcap, sinks

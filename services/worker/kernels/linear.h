@@ -1,0 +1,112 @@
+// y = x w^T + bias for x [M, K], w [N, K], y [M, N], rows contiguous, one element type, sums in float32.
+//
+// Two shapes of work:
+//   few rows   reads w once from memory, in place: every strip of w rows meets all rows of x while it is in L1;
+//   many rows  packs slices of w as float32 panels and runs the classic 6x16 outer-product tile on them.
+// Threads own disjoint output columns, so the bits of a result do not depend on the number of threads.
+
+#pragma once
+#include "simd.h"
+
+enum {
+    STRIP = 12,        // w rows walked together: the least multiple of every tile width below
+    SLICE = 256,       // inner elements of a packed panel: 16 KiB, half of a 32 KiB L1
+    BLOCK_PANELS = 6,  // panels packed at once: 96 KiB, well inside L2
+    PANEL_ROWS = 6,
+    MANY_ROWS = 48,    // from here packing w pays (loadtest/bench_kernels.py --crossover)
+    PARALLEL_ELEMENTS = 1 << 16,  // x larger than this is widened by all threads
+};
+
+// x as float32 in pair order, rows padded to groups; ldx keeps rows off each other's cache sets.
+INLINE void widen_rows(const int kind, const void *x, long first, long last, long k, float *out, long ldx) {
+    for (long m = first; m < last; m++) load_row(kind, at(x, kind, m * k), k, 1.0f, out + m * ldx);
+}
+
+INLINE void put_tile(const int kind, const float *tile, long ldt, long rows, long columns, const void *bias, void *y, long n,
+                     long row, long column) {
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) {
+            float value = tile[i * ldt + j];
+            if (bias) value += load_one(kind, at(bias, kind, column + j));
+            store_one(kind, y, (row + i) * n + column + j, value);
+        }
+}
+
+INLINE void strip_rows(const int kind, const int mr, const int nr, long k, const float *x, long ldx, const void *w,
+                       const void *bias, void *y, long n, long row, long column, long columns) {
+    float tile[12];
+    long j = 0;
+    for (; j + nr <= columns; j += nr) {
+        dot_tile(kind, mr, nr, k, x + row * ldx, ldx, at(w, kind, (column + j) * k), k, tile, nr);
+        put_tile(kind, tile, nr, mr, nr, bias, y, n, row, column + j);
+    }
+    for (; j < columns; j++) {
+        dot_tile(kind, mr, 1, k, x + row * ldx, ldx, at(w, kind, (column + j) * k), k, tile, 1);
+        put_tile(kind, tile, 1, mr, 1, bias, y, n, row, column + j);
+    }
+}
+
+INLINE void few_rows(const int kind, long m, long k, const float *x, long ldx, const void *w, const void *bias, void *y,
+                     long n, long first, long last) {
+    for (long column = first; column < last; column += STRIP) {
+        long columns = min_l(STRIP, last - column), row = 0;
+        for (; row + 4 <= m; row += 4) strip_rows(kind, 4, 3, k, x, ldx, w, bias, y, n, row, column, columns);
+        switch (m - row) {
+            case 3: strip_rows(kind, 3, 4, k, x, ldx, w, bias, y, n, row, column, columns); break;
+            case 2: strip_rows(kind, 2, 4, k, x, ldx, w, bias, y, n, row, column, columns); break;
+            case 1: strip_rows(kind, 1, 4, k, x, ldx, w, bias, y, n, row, column, columns); break;
+        }
+    }
+}
+
+// Columns [first, last), both multiples of GROUP except a last that is n.
+INLINE void many_rows(const int kind, long m, long k, const float *x, long ldx, const void *w, const void *bias, void *y,
+                      long n, long first, long last) {
+    enum { WIDTH = BLOCK_PANELS * GROUP };
+    float *panels = scratch(1, SLICE * WIDTH), *sums = scratch(2, m * WIDTH);
+    for (long column = first; column < last; column += WIDTH) {
+        long columns = min_l(WIDTH, last - column), count = ceil_div(columns, GROUP);
+        for (long slice = 0; slice < k; slice += SLICE) {
+            long depth = min_l(SLICE, k - slice), padded = pad_group(depth);
+            for (long p = 0; p < count; p++) {
+                const void *rows[GROUP];
+                for (long i = 0; i < GROUP; i++) {
+                    long row = column + p * GROUP + i;
+                    rows[i] = row < last ? at(w, kind, row * k + slice) : zeros;
+                }
+                pack_panel(kind, rows, depth, panels + p * SLICE * GROUP);
+            }
+            for (long row = 0; row < m; row += PANEL_ROWS)
+                for (long p = 0; p < count; p++) {
+                    const float *panel = panels + p * SLICE * GROUP;
+                    float *sum = sums + row * WIDTH + p * GROUP;
+                    if (slice)
+                        outer_rows(F32, min_l(PANEL_ROWS, m - row), padded, x + row * ldx + slice, ldx, panel, GROUP, sum, WIDTH, 1);
+                    else
+                        outer_rows(F32, min_l(PANEL_ROWS, m - row), padded, x + row * ldx, ldx, panel, GROUP, sum, WIDTH, 0);
+                }
+        }
+        put_tile(kind, sums, WIDTH, m, columns, bias, y, n, 0, column);
+    }
+}
+
+INLINE void linear_of(const int kind, long m, long n, long k, const void *x, const void *w, const void *bias, void *y,
+                      int threads) {
+    const int many = m >= MANY_ROWS;
+    long ldx = pad_group(k) + GROUP, unit = many ? GROUP : STRIP, units = ceil_div(n, unit);
+    float *wide = scratch(0, m * ldx);
+    if (m * k < PARALLEL_ELEMENTS) widen_rows(kind, x, 0, m, k, wide, ldx);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long team = team_size(), me = team_rank();
+        if (m * k >= PARALLEL_ELEMENTS) {
+            widen_rows(kind, x, m * me / team, m * (me + 1) / team, k, wide, ldx);
+#pragma omp barrier
+        }
+        long first = min_l(n, units * me / team * unit), last = min_l(n, units * (me + 1) / team * unit);
+        if (many)
+            many_rows(kind, m, k, wide, ldx, w, bias, y, n, first, last);
+        else
+            few_rows(kind, m, k, wide, ldx, w, bias, y, n, first, last);
+    }
+}
