@@ -8,6 +8,7 @@
 // key tiles, which are widened once into panels for the 6x16 outer-product tile.
 
 #pragma once
+#include "pool.h"
 #include "simd.h"
 
 typedef struct {
@@ -148,35 +149,44 @@ INLINE void merge_chunks(const Attention *a, long sequence, long chunks, const f
 
 INLINE long first_visible(const Attention *a, long position) { return a->window ? max_l(0, position + 1 - a->window) : 0; }
 
-INLINE void decode_of(const int kind, const Attention *a, const int32_t *context_lens) {
+typedef struct {
+    const Attention *a;
+    const int32_t *context_lens;
+    long *starts;  // [sequences + 1]: tasks before each sequence's first
+    float *q, *tops, *totals, *sums;
+} Decode;
+
+INLINE void decode_task(const int kind, const Decode *d, long task) {
+    const Attention *a = d->a;
+    long b = 0, padded = pad_group(a->head_dim), heads = a->q_heads;
+    while (d->starts[b + 1] <= task) b++;
+    long length = d->context_lens[b], visible = first_visible(a, length - 1);
+    long first = (visible / CHUNK + task - d->starts[b]) * CHUNK;
+    decode_chunk(kind, a, a->table + b * a->table_stride, d->q + b * heads * padded, max_l(first, visible),
+                 min_l(first + CHUNK, length), d->tops + task * heads, d->totals + task * heads, d->sums + task * heads * padded);
+}
+static void decode_task_f32(void *d, long task) { decode_task(F32, d, task); }
+static void decode_task_bf16(void *d, long task) { decode_task(BF16, d, task); }
+
+static void decode(const Attention *a, const int32_t *context_lens) {
     long padded = pad_group(a->head_dim), heads = a->q_heads, batch = a->sequences;
-    long *starts = (long *)scratch(2, 2 * (batch + 1));  // of each sequence's tasks; a long takes two floats
-    starts[0] = 0;
+    Decode d = {.a = a, .context_lens = context_lens, .starts = (long *)scratch(2, 2 * (batch + 1))};
+    d.starts[0] = 0;
     for (long b = 0; b < batch; b++) {
         long length = context_lens[b], first = first_visible(a, length - 1) / CHUNK;
-        starts[b + 1] = starts[b] + (length > 0 ? ceil_div(length, CHUNK) - first : 0);
+        d.starts[b + 1] = d.starts[b] + (length > 0 ? ceil_div(length, CHUNK) - first : 0);
     }
-    long tasks = starts[batch];
-    float *tops = scratch(3, 2 * tasks * heads), *totals = tops + tasks * heads;
-    float *sums = scratch(4, max_l(1, tasks) * heads * padded), *q = scratch(0, batch * heads * padded);
+    long tasks = d.starts[batch];
+    d.q = scratch(0, batch * heads * padded);
+    d.tops = scratch(3, 2 * tasks * heads), d.totals = d.tops + tasks * heads;
+    d.sums = scratch(4, tasks * heads * padded);
     for (long row = 0; row < batch * heads; row++)
-        load_row_as(a->q_kind, kind, at(a->q, a->q_kind, row / heads * a->q_stride + row % heads * a->head_dim), a->head_dim,
-                    a->scale, q + row * padded);
-#pragma omp parallel num_threads(a->threads) if (a->threads > 1 && tasks > 1)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < tasks; task++) {
-            long b = 0;
-            while (starts[b + 1] <= task) b++;
-            long length = context_lens[b], visible = first_visible(a, length - 1);
-            long first = (visible / CHUNK + task - starts[b]) * CHUNK;
-            decode_chunk(kind, a, a->table + b * a->table_stride, q + b * heads * padded, max_l(first, visible),
-                         min_l(first + CHUNK, length), tops + task * heads, totals + task * heads, sums + task * heads * padded);
-        }
-#pragma omp for schedule(static)
-        for (long b = 0; b < batch; b++)
-            merge_chunks(a, b, starts[b + 1] - starts[b], tops + starts[b] * heads, totals + starts[b] * heads,
-                         sums + starts[b] * heads * padded);
+        load_row_as(a->q_kind, a->kv_kind, at(a->q, a->q_kind, row / heads * a->q_stride + row % heads * a->head_dim),
+                    a->head_dim, a->scale, d.q + row * padded);
+    parallel_for(a->threads, tasks, a->kv_kind == BF16 ? decode_task_bf16 : decode_task_f32, &d);
+    for (long b = 0; b < batch; b++) {
+        long at_task = d.starts[b] * heads;
+        merge_chunks(a, b, d.starts[b + 1] - d.starts[b], d.tops + at_task, d.totals + at_task, d.sums + at_task * padded);
     }
 }
 
@@ -262,14 +272,26 @@ INLINE void prefill_tile(const int kind, const Attention *a, QueryTile tile, lon
     }
 }
 
-INLINE void prefill_of(const int kind, const Attention *a, const int32_t *cu_seqlens, const int64_t *positions) {
+typedef struct {
+    const Attention *a;
+    const QueryTile *tiles;
+    const int64_t *positions;
+} Prefill;
+
+INLINE void prefill_task(const int kind, const Prefill *p, long task) {
+    prefill_tile(kind, p->a, p->tiles[task / p->a->kv_heads], task % p->a->kv_heads, p->positions);
+}
+static void prefill_task_f32(void *p, long task) { prefill_task(F32, p, task); }
+static void prefill_task_bf16(void *p, long task) { prefill_task(BF16, p, task); }
+
+static void prefill(const Attention *a, const int32_t *cu_seqlens, const int64_t *positions) {
     long step = max_l(1, ROW_TILE / (a->q_heads / a->kv_heads)), count = 0;
     for (long s = 0; s < a->sequences; s++) count += ceil_div(cu_seqlens[s + 1] - cu_seqlens[s], step);
     QueryTile *tiles = (QueryTile *)scratch(0, count * (long)(sizeof(QueryTile) / sizeof(float)));
-    for (long s = 0, i = 0; s < a->sequences; s++)
+    long i = count;  // backwards: a sequence's last tile sees most keys, and long tasks go first
+    for (long s = 0; s < a->sequences; s++)
         for (long row = cu_seqlens[s]; row < cu_seqlens[s + 1]; row += step)
-            tiles[i++] = (QueryTile){s, row, min_l(row + step, cu_seqlens[s + 1])};
-#pragma omp parallel for num_threads(a->threads) if (a->threads > 1) schedule(dynamic, 1) collapse(2)
-    for (long i = count - 1; i >= 0; i--)  // a sequence's last tile sees most keys: start with the long ones
-        for (long h = 0; h < a->kv_heads; h++) prefill_tile(kind, a, tiles[i], h, positions);
+            tiles[--i] = (QueryTile){s, row, min_l(row + step, cu_seqlens[s + 1])};
+    Prefill p = {a, tiles, positions};
+    parallel_for(a->threads, count * a->kv_heads, a->kv_kind == BF16 ? prefill_task_bf16 : prefill_task_f32, &p);
 }

@@ -7,10 +7,9 @@
 3. A missing library is compiled beside its place and renamed into it: concurrent processes agree, a killed one leaves
    nothing that could be loaded.
 
-torch must be imported before the library is loaded: both then use the one OpenMP runtime that torch brought (they are
-bound by its soname), so they share one pool of threads instead of having two pools fight for the cores. With GCC's
-runtime an idle thread of that pool spins for some milliseconds before it sleeps; where router and kvstore share the
-cores, `OMP_WAIT_POLICY=passive` in the worker's environment trades about 10-20 us per operation for those cycles.
+The kernels bring their own helper threads (pool.h says why) beside torch's OpenMP pool. An idle helper spins for 0.1 ms; an
+idle OpenMP thread of torch's spins for several, so where processes share cores workers should run with
+`OMP_WAIT_POLICY=passive` (set before torch is imported).
 """
 
 import ctypes
@@ -25,8 +24,8 @@ from typing import Literal, NamedTuple
 
 from common.errors import SettingsError, Unavailable
 
-SOURCES = ("simd.h", "linear.h", "attention.h", "kernels.c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi")
+SOURCES = ("simd.h", "pool.h", "linear.h", "attention.h", "kernels.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_DEADLINE_S = 120  # takes about 7 s alone on one core
 Mode = Literal["off", "auto", "require"]
@@ -77,8 +76,7 @@ def compile_library(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=cache, prefix="compile-") as scratch:
         made = Path(scratch) / path.name
-        complaint = _compile(compiler, sources / SOURCES[-1], made, "-fopenmp")
-        if complaint and _compile(compiler, sources / SOURCES[-1], made):  # no OpenMP here: one thread is still worth it
+        if complaint := _compile(compiler, sources / SOURCES[-1], made):
             raise Unavailable(f"{compiler} failed: {complaint}")
         made.rename(path)
     return path
@@ -100,9 +98,9 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "penstock"
 
 
-def _compile(compiler: str, source: Path, target: Path, *extra: str) -> str:
+def _compile(compiler: str, source: Path, target: Path) -> str:
     """The compiler's complaint, empty when it succeeded."""
-    command = [compiler, *FLAGS, *extra, "-o", str(target), str(source), "-lm"]
+    command = [compiler, *FLAGS, "-o", str(target), str(source), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
     return "" if done.returncode == 0 else done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
 

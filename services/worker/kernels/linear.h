@@ -3,9 +3,10 @@
 // Two shapes of work:
 //   few rows   reads w once from memory, in place: every strip of w rows meets all rows of x while it is in L1;
 //   many rows  packs slices of w as float32 panels and runs the classic 6x16 outer-product tile on them.
-// Threads own disjoint output columns, so the bits of a result do not depend on the number of threads.
+// A task owns a range of output columns, so the bits of a result do not depend on the number of threads.
 
 #pragma once
+#include "pool.h"
 #include "simd.h"
 
 enum {
@@ -14,7 +15,8 @@ enum {
     BLOCK_PANELS = 6,  // panels packed at once: 96 KiB, well inside L2
     PANEL_ROWS = 6,
     MANY_ROWS = 48,    // from here packing w pays (loadtest/bench_kernels.py --crossover)
-    PARALLEL_ELEMENTS = 1 << 16,  // x larger than this is widened by all threads
+    WIDEN_ROWS = 16,
+    TASK_BYTES = 1 << 17,  // of w in a task: about 8 us of reading, against 0.1 us for taking it
 };
 
 // x as float32 in pair order, rows padded to groups; ldx keeps rows off each other's cache sets.
@@ -90,23 +92,38 @@ INLINE void many_rows(const int kind, long m, long k, const float *x, long ldx, 
     }
 }
 
-INLINE void linear_of(const int kind, long m, long n, long k, const void *x, const void *w, const void *bias, void *y,
-                      int threads) {
-    const int many = m >= MANY_ROWS;
-    long ldx = pad_group(k) + GROUP, unit = many ? GROUP : STRIP, units = ceil_div(n, unit);
-    float *wide = scratch(0, m * ldx);
-    if (m * k < PARALLEL_ELEMENTS) widen_rows(kind, x, 0, m, k, wide, ldx);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        long team = team_size(), me = team_rank();
-        if (m * k >= PARALLEL_ELEMENTS) {
-            widen_rows(kind, x, m * me / team, m * (me + 1) / team, k, wide, ldx);
-#pragma omp barrier
-        }
-        long first = min_l(n, units * me / team * unit), last = min_l(n, units * (me + 1) / team * unit);
-        if (many)
-            many_rows(kind, m, k, wide, ldx, w, bias, y, n, first, last);
-        else
-            few_rows(kind, m, k, wide, ldx, w, bias, y, n, first, last);
+typedef struct {
+    long m, n, k, ldx, step;  // step: columns or, while widening, rows of a task
+    const void *x, *w, *bias;
+    void *y;
+    float *wide;
+} Linear;
+
+INLINE void widen_task(const int kind, const Linear *l, long task) {
+    widen_rows(kind, l->x, task * WIDEN_ROWS, min_l(l->m, (task + 1) * WIDEN_ROWS), l->k, l->wide, l->ldx);
+}
+INLINE void few_task(const int kind, const Linear *l, long task) {
+    few_rows(kind, l->m, l->k, l->wide, l->ldx, l->w, l->bias, l->y, l->n, task * l->step, min_l(l->n, (task + 1) * l->step));
+}
+INLINE void many_task(const int kind, const Linear *l, long task) {
+    many_rows(kind, l->m, l->k, l->wide, l->ldx, l->w, l->bias, l->y, l->n, task * l->step, min_l(l->n, (task + 1) * l->step));
+}
+static void widen_task_f32(void *l, long task) { widen_task(F32, l, task); }
+static void widen_task_bf16(void *l, long task) { widen_task(BF16, l, task); }
+static void few_task_f32(void *l, long task) { few_task(F32, l, task); }
+static void few_task_bf16(void *l, long task) { few_task(BF16, l, task); }
+static void many_task_f32(void *l, long task) { many_task(F32, l, task); }
+static void many_task_bf16(void *l, long task) { many_task(BF16, l, task); }
+
+static void linear(int kind, Linear *l, int threads) {
+    l->ldx = pad_group(l->k) + GROUP;
+    l->wide = scratch(0, l->m * l->ldx);
+    parallel_for(l->m * l->k < TASK_BYTES ? 1 : threads, ceil_div(l->m, WIDEN_ROWS), kind == BF16 ? widen_task_bf16 : widen_task_f32, l);
+    if (l->m >= MANY_ROWS) {
+        l->step = BLOCK_PANELS * GROUP;
+        parallel_for(threads, ceil_div(l->n, l->step), kind == BF16 ? many_task_bf16 : many_task_f32, l);
+    } else {
+        l->step = max_l(1, TASK_BYTES / max_l(1, STRIP * l->k * bytes_of(kind))) * STRIP;
+        parallel_for(threads, ceil_div(l->n, l->step), kind == BF16 ? few_task_bf16 : few_task_f32, l);
     }
 }

@@ -16,14 +16,6 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-static long team_size(void) { return omp_get_num_threads(); }
-static long team_rank(void) { return omp_get_thread_num(); }
-#else
-static long team_size(void) { return 1; }
-static long team_rank(void) { return 0; }
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
