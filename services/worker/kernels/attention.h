@@ -65,9 +65,9 @@ INLINE void score_keys(const int kind, const int heads, const float *q, long pad
                        long tokens, float *scores) {
     long t = 0;
     for (; t + 4 <= tokens; t += 4)
-        dot_tile(kind, heads, 4, dim, q, padded, at(k, kind, t * token_stride), token_stride, scores + t, CHUNK);
+        dot_tile(kind, heads, 4, dim, q, padded, at(k, kind, t * token_stride), token_stride, scores + t, CHUNK, 0, NULL, 0);
     for (; t < tokens; t++)
-        dot_tile(kind, heads, 1, dim, q, padded, at(k, kind, t * token_stride), token_stride, scores + t, CHUNK);
+        dot_tile(kind, heads, 1, dim, q, padded, at(k, kind, t * token_stride), token_stride, scores + t, CHUNK, 0, NULL, 0);
 }
 
 INLINE void score_group(const int kind, long group, const float *q, long padded, long dim, const void *k, long token_stride,

@@ -19,6 +19,13 @@ enum {
     TASK_BYTES = 1 << 17,  // of w in a task: about 8 us of reading, against 0.1 us for taking it
 };
 
+typedef struct {
+    long m, n, k, ldx, step;  // step: columns or, while widening, rows of a task
+    const void *x, *w, *bias;
+    void *y;
+    float *wide;
+} Linear;
+
 // x as float32 in pair order, rows padded to groups; ldx keeps rows off each other's cache sets.
 INLINE void widen_rows(const int kind, const void *x, long first, long last, long k, float *out, long ldx) {
     for (long m = first; m < last; m++) load_row(kind, at(x, kind, m * k), k, 1.0f, out + m * ldx);
@@ -34,29 +41,34 @@ INLINE void put_tile(const int kind, const float *tile, long ldt, long rows, lon
         }
 }
 
-INLINE void strip_rows(const int kind, const int mr, const int nr, long k, const float *x, long ldx, const void *w,
-                       const void *bias, void *y, long n, long row, long column, long columns) {
+// Rows [row, row + mr) against w rows [column, column + columns). The first of the `passes` over a strip finds it in the
+// cache because the passes over the strip before have fetched it, each its share.
+INLINE void strip_rows(const int kind, const int mr, const int nr, const int lines, const Linear *l, long row, long column,
+                       long columns, long passes, long pass) {
     float tile[12];
-    long j = 0;
-    for (; j + nr <= columns; j += nr) {
-        dot_tile(kind, mr, nr, k, x + row * ldx, ldx, at(w, kind, (column + j) * k), k, tile, nr);
-        put_tile(kind, tile, nr, mr, nr, bias, y, n, row, column + j);
+    long n = l->n, k = l->k, ldx = l->ldx, pace = nr * GROUP * bytes_of(kind) / passes, j = 0;
+    const float *x = l->wide + row * ldx;
+    const char *ahead = at(l->w, kind, (column + STRIP + STRIP * pass / passes) * k);
+    for (; j + nr <= columns; j += nr, ahead += k / GROUP * pace) {
+        dot_tile(kind, mr, nr, k, x, ldx, at(l->w, kind, (column + j) * k), k, tile, nr, lines, ahead, pace);
+        put_tile(kind, tile, nr, mr, nr, l->bias, l->y, n, row, column + j);
     }
     for (; j < columns; j++) {
-        dot_tile(kind, mr, 1, k, x + row * ldx, ldx, at(w, kind, (column + j) * k), k, tile, 1);
-        put_tile(kind, tile, 1, mr, 1, bias, y, n, row, column + j);
+        dot_tile(kind, mr, 1, k, x, ldx, at(l->w, kind, (column + j) * k), k, tile, 1, 0, ahead, 0);
+        put_tile(kind, tile, 1, mr, 1, l->bias, l->y, n, row, column + j);
     }
 }
 
-INLINE void few_rows(const int kind, long m, long k, const float *x, long ldx, const void *w, const void *bias, void *y,
-                     long n, long first, long last) {
+INLINE void few_rows(const int kind, const Linear *l, long first, long last) {
+    const int lines = kind == BF16 ? 2 : 4;  // what one pass must fetch for each group of 4 rows
+    long passes = ceil_div(l->m, 4);
     for (long column = first; column < last; column += STRIP) {
-        long columns = min_l(STRIP, last - column), row = 0;
-        for (; row + 4 <= m; row += 4) strip_rows(kind, 4, 3, k, x, ldx, w, bias, y, n, row, column, columns);
-        switch (m - row) {
-            case 3: strip_rows(kind, 3, 4, k, x, ldx, w, bias, y, n, row, column, columns); break;
-            case 2: strip_rows(kind, 2, 4, k, x, ldx, w, bias, y, n, row, column, columns); break;
-            case 1: strip_rows(kind, 1, 4, k, x, ldx, w, bias, y, n, row, column, columns); break;
+        long columns = min_l(STRIP, last - column), row = 0, pass = 0;
+        for (; row + 4 <= l->m; row += 4) strip_rows(kind, 4, 3, lines, l, row, column, columns, passes, pass++);
+        switch (l->m - row) {
+            case 3: strip_rows(kind, 3, 4, lines, l, row, column, columns, passes, pass); break;
+            case 2: strip_rows(kind, 2, 4, lines, l, row, column, columns, passes, pass); break;
+            case 1: strip_rows(kind, 1, 4, lines, l, row, column, columns, passes, pass); break;
         }
     }
 }
@@ -92,18 +104,11 @@ INLINE void many_rows(const int kind, long m, long k, const float *x, long ldx, 
     }
 }
 
-typedef struct {
-    long m, n, k, ldx, step;  // step: columns or, while widening, rows of a task
-    const void *x, *w, *bias;
-    void *y;
-    float *wide;
-} Linear;
-
 INLINE void widen_task(const int kind, const Linear *l, long task) {
     widen_rows(kind, l->x, task * WIDEN_ROWS, min_l(l->m, (task + 1) * WIDEN_ROWS), l->k, l->wide, l->ldx);
 }
 INLINE void few_task(const int kind, const Linear *l, long task) {
-    few_rows(kind, l->m, l->k, l->wide, l->ldx, l->w, l->bias, l->y, l->n, task * l->step, min_l(l->n, (task + 1) * l->step));
+    few_rows(kind, l, task * l->step, min_l(l->n, (task + 1) * l->step));
 }
 INLINE void many_task(const int kind, const Linear *l, long task) {
     many_rows(kind, l->m, l->k, l->wide, l->ldx, l->w, l->bias, l->y, l->n, task * l->step, min_l(l->n, (task + 1) * l->step));

@@ -137,12 +137,15 @@ INLINE vf tanh_v(vf x) {  // absolute error about 1e-7, which is what a soft-cap
 
 // out[i * ldo + j] = x_i . w_j for mr rows of float32 x in pair order, zero-padded to whole groups, and nr rows of w
 // of `kind`, all of n elements. Each product is summed in one fixed order, whatever mr and nr are.
+// Meanwhile memory from `ahead` on is fetched: `pace` bytes a group of elements, of which `lines` cache lines are asked for.
 INLINE void dot_tile(const int kind, const int mr, const int nr, long n, const float *x, long ldx, const void *w,
-                     long ldw, float *out, long ldo) {
+                     long ldw, float *out, long ldo, const int lines, const char *ahead, long pace) {
     vf sum[12];
     UNROLL for (int a = 0; a < mr * nr; a++) sum[a] = (vf){};
     long whole = n / GROUP * GROUP;
     for (long e = 0; e < whole; e += GROUP) {
+        UNROLL for (int line = 0; line < lines; line++) __builtin_prefetch(ahead + line * 64, 0, 2);
+        ahead += pace;
         UNROLL for (int half = 0; half < 2; half++) {
             vf wv[12];
             UNROLL for (int j = 0; j < nr; j++) wv[j] = load_half(kind, at(w, kind, j * ldw + e), half);
