@@ -1,0 +1,9 @@
+"""CPU kernels for the engine's hot operations, with a pure-torch fallback of the same signatures.
+
+`reference` says what each operation means, `ops` calls the compiled kernels where they can serve, `build` compiles them at
+first import, `patching` puts them under a model's `nn.Linear` modules.
+"""
+
+from services.worker.kernels.ops import BUILD, available, linear, paged_attention_decode, paged_attention_prefill
+
+__all__ = ["BUILD", "available", "linear", "paged_attention_decode", "paged_attention_prefill"]
