@@ -10,7 +10,11 @@ from common.errors import MEANING, Internal, Overloaded, PenstockError, from_cod
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
 
-KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, PenstockError) and kind is not PenstockError]
+KINDS = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, PenstockError) and kind is not PenstockError
+]
 
 
 def test_every_error_has_a_meaning_and_a_code_of_its_own() -> None:
@@ -36,10 +40,15 @@ class Failing(kvstore_pb2_grpc.KvStoreServicer):
             raise self.error
 
 
-@pytest.mark.parametrize("error", [Overloaded("full: at most 3", retry_after_s=1.5), errors.CorruptBlock("bad"), ValueError("secret")])
+@pytest.mark.parametrize(
+    "error", [Overloaded("full: at most 3", retry_after_s=1.5), errors.CorruptBlock("bad"), ValueError("secret")]
+)
 async def test_a_servicer_raises_and_the_caller_gets_the_same_error(error: Exception) -> None:
     server = await rpc.serve(
-        "127.0.0.1", 0, ["penstock.kvstore.v1.KvStore"], lambda s: kvstore_pb2_grpc.add_KvStoreServicer_to_server(Failing(error), s)
+        "127.0.0.1",
+        0,
+        ["penstock.kvstore.v1.KvStore"],
+        lambda s: kvstore_pb2_grpc.add_KvStoreServicer_to_server(Failing(error), s),
     )
     try:
         async with rpc.channel(server.address) as channel:
@@ -48,7 +57,11 @@ async def test_a_servicer_raises_and_the_caller_gets_the_same_error(error: Excep
     finally:
         await server.stop(0)
     if isinstance(error, PenstockError):
-        assert (type(caught.value), caught.value.message, caught.value.retry_after_s) == (type(error), error.message, error.retry_after_s)
+        assert (type(caught.value), caught.value.message, caught.value.retry_after_s) == (
+            type(error),
+            error.message,
+            error.retry_after_s,
+        )
     else:
         assert type(caught.value) is Internal
         assert "secret" not in caught.value.message

@@ -24,7 +24,12 @@ class Demo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 def test_a_flag_beats_the_file_which_beats_the_variable_which_beats_the_default(tmp_path: Path) -> None:
     config = tmp_path / "penstock.toml"
     config.write_text('[decode]\nmodel = "file"\nport = 2\n[router]\nport = 9\n')
-    environ = {"PENSTOCK_DECODE_MODEL": "env", "PENSTOCK_DECODE_PORT": "1", "PENSTOCK_DECODE_SYNC": "false", "PENSTOCK_ROUTER_PORT": "7"}
+    environ = {
+        "PENSTOCK_DECODE_MODEL": "env",
+        "PENSTOCK_DECODE_PORT": "1",
+        "PENSTOCK_DECODE_SYNC": "false",
+        "PENSTOCK_ROUTER_PORT": "7",
+    }
     settings = load(Demo, "decode", ["--config", str(config), "--port", "3"], environ)
     assert settings == Demo(model="file", port=3, sync=False)
 

@@ -17,7 +17,6 @@ from typing import Any
 from common.generation import Sampling
 from services.worker.engine.types import LoadedKv, NewSequence, Phase
 
-
 log = logging.getLogger(__name__)
 
 

@@ -1,0 +1,207 @@
+"""A decode worker's requests, from admission to the last token.
+
+Life of a request (`_run`):
+1. Admitted, or refused at once when too many are in flight.
+2. Filled: its stage slots get the KV its route promises (services/decode/filling.py).
+3. A first token from prefill goes out immediately.
+4. The engine copies the KV into its pool, computes what is missing, and decodes.
+5. Every step's news goes out through `emit`; full blocks are offered to the write-back.
+6. It ends: finished, failed, cancelled or out of time. In every case the engine, the stage and the
+   leases hold nothing of it afterwards, except blocks that are still being written back.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from common import tracing
+from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, PenstockError
+from common.generation import FinishReason, Token
+from common.logs import Log
+from services.decode.filling import Filled, Filler
+from services.worker.engine.loop import EngineLoop
+from services.worker.engine.types import NewSequence, SequenceStep, StepResult
+from services.worker.requests import DecodeRequest, Report, RequestStep
+from services.worker.writeback import Chain, Writer
+
+log = Log("decoder")
+Emit = Callable[[RequestStep], None]
+
+
+class Live:
+    """One request in flight. `emit` takes its news, in order; the last one has `finish`."""
+
+    def __init__(self, key: str, request: DecodeRequest, emit: Emit) -> None:
+        self.key = key
+        self.request = request
+        self.emit = emit
+        self.report = Report()
+        self.began = time.perf_counter()
+        self.submitted = self.began
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None] | None = None
+        self.chain: Chain | None = None
+        self.first_seen = False
+        self.in_engine = False
+        self.ended = False
+
+    def __repr__(self) -> str:
+        return f"Live({self.key}, first_seen={self.first_seen}, ended={self.ended})"
+
+
+class Decoder:
+    """Runs requests on one engine. All methods belong to the event loop's thread."""
+
+    def __init__(self, engine: EngineLoop, filler: Filler, writer: Writer, requests_max: int) -> None:
+        self._engine = engine
+        self._filler = filler
+        self._writer = writer
+        self._requests_max = requests_max
+        self._live: dict[str, Live] = {}
+        self._serial = 0
+        self.draining = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._live)
+
+    def start(self, request: DecodeRequest, emit: Emit) -> str | None:
+        """Takes a request; the key to cancel it by, or None when it was refused (`emit` has said so)."""
+        self._serial += 1
+        key = f"{request.id}#{self._serial}"  # ids are the routers' and unique per stream only
+        live = Live(key, request, emit)
+        refusal = self._refusal()
+        if refusal is not None:
+            self._end(live, FinishReason.ERROR, error=refusal)
+            return None
+        self._live[key] = live
+        live.task = asyncio.create_task(self._supervise(live), name=f"request {key}")
+        return key
+
+    def _refusal(self) -> PenstockError | None:
+        if self.draining:
+            return Overloaded("this decode worker is draining", retry_after_s=1.0)
+        if len(self._live) >= self._requests_max:
+            return Overloaded(f"{len(self._live)} requests in flight: at most {self._requests_max}", retry_after_s=1.0)
+        return None
+
+    def cancel(self, key: str) -> None:
+        """Ends a request early; unknown keys are fine (it may have ended by itself)."""
+        live = self._live.get(key)
+        if live is not None and live.task is not None:
+            live.task.cancel()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuses new requests and waits for those in flight; ends what is left after the deadline."""
+        self.draining = True
+        tasks = [live.task for live in self._live.values() if live.task]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=deadline_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late)
+
+    def on_step(self, result: StepResult) -> None:
+        """Hands an engine step's news to the requests it concerns."""
+        for step in result.sequences:
+            live = self._live.get(step.id)
+            if live is not None and not live.ended:
+                self._news(live, step)
+        if result.load.waiting:
+            self._writer.shed()
+
+    async def _supervise(self, live: Live) -> None:
+        try:
+            async with asyncio.timeout(live.request.deadline_s):
+                with tracing.span("decode", live.request.traceparent, request_id=live.request.id):
+                    await self._run(live)
+        except asyncio.CancelledError:
+            self._end(live, FinishReason.CANCELLED, error=Cancelled("the request was cancelled"))
+        except TimeoutError:
+            self._end(live, FinishReason.ERROR, error=DeadlineExceeded(f"not finished within {live.request.deadline_s:g} s"))
+        except PenstockError as error:
+            self._end(live, FinishReason.ERROR, error=error)
+        except Exception:
+            log.exception("request_failed", request_id=live.request.id)
+            self._end(live, FinishReason.ERROR, error=Internal("the decode worker failed on this request"))
+        finally:
+            del self._live[live.key]
+            self._leave(live)
+
+    def _leave(self, live: Live) -> None:
+        """The engine lets go of the sequence: at once, or when its last blocks are written back."""
+        if live.chain is None:
+            return
+        if live.over.done():
+            self._writer.finish(live.chain)
+        else:
+            self._writer.abandon(live.chain)
+            if live.in_engine:
+                self._engine.cancel(live.key)
+
+    async def _run(self, live: Live) -> None:
+        request = live.request
+        filled = await self._filler.fill(request, live.report)
+        if filled.first is not None and self._first_ends(live, filled):
+            filled.drop()
+            return
+        live.chain = Chain(
+            live.key, request.route.kvstore, request.chain_root, [*request.prompt, *request.output], filled.stored_blocks
+        )
+        if filled.first is not None:
+            live.chain.tokens.append(filled.first.id)
+        live.submitted = time.perf_counter()
+        output = (*request.output, filled.first.id) if filled.first else request.output
+        sequence = NewSequence(live.key, request.prompt, request.sampling, output, filled.kv, hold=True)
+        self._engine.add(sequence)
+        live.in_engine = True
+        await live.over
+
+    def _first_ends(self, live: Live, filled: Filled) -> bool:
+        """Sends prefill's first token on; whether it is also the last."""
+        assert filled.first is not None
+        live.first_seen = True
+        tracing.record("first_token", time.perf_counter() - live.began, live.request.traceparent)
+        if filled.finish is FinishReason.STOP:
+            self._end(live, FinishReason.STOP, (filled.first,), filled.stop_token)
+        elif live.request.sampling.max_tokens <= 1:
+            self._end(live, FinishReason.LENGTH, (filled.first,))
+        else:
+            live.emit(RequestStep(live.request.id, (filled.first,), report=live.report))
+        return live.ended
+
+    def _news(self, live: Live, step: SequenceStep) -> None:
+        assert live.chain is not None
+        if step.started:
+            waited = time.perf_counter() - live.submitted
+            live.report.queue_s += waited
+            tracing.record("queue", waited, live.request.traceparent)
+        if step.preempted:
+            live.report.preemptions += 1
+            self._writer.preempted(live.chain)
+        live.chain.tokens.extend(token.id for token in step.tokens)
+        self._writer.offer(live.chain, step.computed)
+        if step.tokens and not live.first_seen:
+            live.first_seen = True
+            live.report.prefill_s = time.perf_counter() - live.submitted - live.report.queue_s
+            tracing.record("prefill", live.report.prefill_s, live.request.traceparent)
+            tracing.record("first_token", time.perf_counter() - live.began, live.request.traceparent)
+            if step.finish is None:
+                live.emit(RequestStep(live.request.id, step.tokens, report=live.report))
+                return
+        if step.finish is not None:
+            self._end(live, step.finish, step.tokens, step.stop_token, step.error)
+            live.over.set_result(None)
+        elif step.tokens:
+            live.emit(RequestStep(live.request.id, step.tokens))
+
+    def _end(
+        self, live: Live, finish: FinishReason, tokens: Iterable[Token] = (), stop_token: int | None = None, error: PenstockError | None = None
+    ) -> None:  # fmt: skip
+        if not live.ended:
+            live.ended = True
+            live.emit(RequestStep(live.request.id, tuple(tokens), finish, stop_token, error, live.report))
+
+    def check_integrity(self) -> None:
+        """When idle, nothing is left."""
+        assert not self._live, list(self._live.values())

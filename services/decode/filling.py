@@ -1,0 +1,177 @@
+"""Fills a request's stage slots: the KV of its leading tokens, from storage, prefill or nowhere.
+
+`Filler.fill` tries the route, and falls down a ladder when a rung breaks, never to an error of the
+stream's: prefill fails -> load the stored prefix here; a block fails -> the prefix before it; nothing
+left -> the engine recomputes. Only a full stage refuses the request, at once.
+
+Slots belong to the `Filled` that is returned, and are given back by whoever takes it
+(`Filled.kv.on_copied`, or `Filled.drop`).
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from common import tracing
+from common.blocks import reusable_blocks
+from common.errors import PenstockError
+from common.generation import FinishReason, Token
+from common.logs import Log
+from common.transport.interface import Endpoint, LeaseToken
+from services.decode.prefill_client import PrefillPeers
+from services.worker.engine.types import LoadedKv
+from services.worker.loading import Reader, Stored
+from services.worker.requests import DecodeRequest, PrefillProgress, PrefillRequest, Report, Source, StageLease
+from services.worker.stage import Right, Stage
+
+log = Log("filling")
+
+
+class Filled(msgspec.Struct, frozen=True):
+    """What the engine starts from.
+
+    `kv` is None when nothing was filled. `first` came from prefill, with how it ended the sequence.
+    `stored_blocks` leading blocks are in the reservoir already.
+    """
+
+    kv: LoadedKv | None = None
+    stored_blocks: int = 0
+    first: Token | None = None
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+
+    def drop(self) -> None:
+        """Gives the slots back when no engine will."""
+        if self.kv is not None:
+            self.kv.on_copied()
+
+
+class Filler:
+    """Carries out routes into one stage."""
+
+    def __init__(
+        self, stage: Stage, endpoint: Callable[[], Endpoint], reader: Reader, prefills: PrefillPeers, block_tokens: int, lease_s: float
+    ) -> None:  # fmt: skip
+        self._stage = stage
+        self._endpoint = endpoint
+        self._reader = reader
+        self._prefills = prefills
+        self._block_tokens = block_tokens
+        self._lease_s = lease_s
+
+    async def fill(self, request: DecodeRequest, report: Report) -> Filled:
+        """Raises Overloaded when the stage has no room now."""
+        route = request.route
+        stored = self._usable(request)
+        report.source = route.source
+        try:
+            if route.prefill and not request.output:
+                return await self._by_prefill(request, stored, report)
+            return await self._direct(request, stored, report)
+        finally:
+            if route.stored is not None:
+                await asyncio.shield(self._reader.release(route.stored))
+
+    def _usable(self, request: DecodeRequest) -> Stored | None:
+        """The stored prefix, cut so that at least one token is left to compute."""
+        stored = request.route.stored
+        if stored is None:
+            return None
+        known = len(request.prompt) + len(request.output)
+        blocks = min(stored.blocks, reusable_blocks(known, self._block_tokens))
+        return msgspec.structs.replace(stored, blocks=blocks) if blocks else None
+
+    async def _direct(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
+        """Pulls the stored prefix from SSD; the engine computes the rest."""
+        report.source = Source.DIRECT if stored else Source.RECOMPUTE
+        if stored is None:
+            return Filled()
+        slots = self._stage.reserve(stored.blocks)
+        good = 0
+        try:
+            loaded = await self._reader.load(stored, slots, request.deadline_s)
+            good = loaded.blocks
+        finally:
+            self._stage.free(slots[good:])
+        report.load_s = loaded.seconds
+        report.bytes_storage_to_decode = loaded.bytes
+        report.carrier = loaded.carrier
+        tracing.record("ssd_read", loaded.seconds, request.traceparent, blocks=good, bytes=loaded.bytes, carrier=loaded.carrier)
+        if loaded.failure:
+            report.fallback = "; ".join(filter(None, (report.fallback, f"storage: {loaded.failure}")))
+            log.warning("fallback", request_id=request.id, reason=report.fallback)
+        if not good:
+            report.source = Source.RECOMPUTE
+            return Filled()
+        report.cached_tokens = good * self._block_tokens
+        kv = LoadedKv(report.cached_tokens, self._views(slots[:good]), self._freer(slots[:good]))
+        return Filled(kv, stored_blocks=good)
+
+    async def _by_prefill(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
+        """Has a prefill worker fill the whole prompt and sample the first token.
+
+        When it fails, the blocks that had come are used; without any, the stored prefix is pulled here.
+        """
+        began = time.perf_counter()
+        slots = self._stage.reserve(-(-len(request.prompt) // self._block_tokens))
+        token = self._stage.grant(slots, Right.WRITE, self._lease_s)
+        lease = StageLease(token, self._endpoint(), self._lease_s)
+        run = PrefillRequest(
+            request.id, request.prompt, request.sampling, lease, stored, 0, request.deadline_s, tracing.traceparent()
+        )
+        keeping = asyncio.create_task(self._keep(token))
+        last: PrefillProgress | None = None
+        good = 0
+        try:
+            last = await self._prefills.run(request.route.prefill, run)
+            good = len(slots)
+        except PenstockError as error:
+            good = min(self._stage.filled_prefix(token), reusable_blocks(len(request.prompt), self._block_tokens))
+            report.fallback = f"prefill {request.route.prefill}: {error.message}"
+            log.warning("fallback", request_id=request.id, reason=report.fallback, blocks_kept=good)
+        finally:
+            keeping.cancel()
+            self._stage.revoke(token)
+            self._stage.free(slots[good:])
+        if last is not None:
+            self._merge(report, last.report or Report(), time.perf_counter() - began)
+            kv = LoadedKv(len(request.prompt), self._views(slots), self._freer(slots))
+            return Filled(kv, report.cached_tokens // self._block_tokens, last.first, last.finish, last.stop_token)
+        if not good:
+            return await self._direct(request, stored, report)
+        stored_blocks = min(good, stored.blocks if stored else 0)
+        report.cached_tokens = stored_blocks * self._block_tokens
+        return Filled(LoadedKv(good * self._block_tokens, self._views(slots[:good]), self._freer(slots[:good])), stored_blocks)
+
+    def _merge(self, report: Report, prefill: Report, seconds: float) -> None:
+        """Takes over what the prefill worker measured; what is left of the time was the hand-off."""
+        for field in (
+            "cached_tokens",
+            "prefill",
+            "carrier",
+            "bytes_storage_to_prefill",
+            "bytes_prefill_to_decode",
+            "queue_s",
+            "load_s",
+            "prefill_s",
+        ):
+            setattr(report, field, getattr(prefill, field))
+        report.source = Source.STORAGE_TO_PREFILL if prefill.cached_tokens else Source.RECOMPUTE
+        report.fallback = prefill.fallback
+        report.handoff_s = max(0.0, seconds - report.prefill_s - report.load_s - report.queue_s)
+
+    async def _keep(self, token: LeaseToken) -> None:
+        """Heartbeats the lease for as long as prefill works on it."""
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            self._stage.renew(token, self._lease_s)
+
+    def _views(self, slots: Sequence[int]) -> list[memoryview]:
+        return [self._stage.view(slot) for slot in slots]
+
+    def _freer(self, slots: Sequence[int]) -> Callable[[], None]:
+        """Frees the slots once, from whichever thread."""
+        loop = asyncio.get_running_loop()
+        return lambda: loop.call_soon_threadsafe(self._stage.free, slots)

@@ -1,0 +1,60 @@
+"""Decode's calls to prefill workers: one channel per worker, one streaming call per run."""
+
+import asyncio
+
+import grpc.aio
+
+from common import rpc
+from common.errors import Internal, TransferFailed, Unavailable
+from common.pb import worker_pb2_grpc
+from services.worker.convert import progress_from_pb, run_request
+from services.worker.requests import PrefillProgress, PrefillRequest
+
+CONNECT_DEADLINE_S = 2.0
+
+
+class PrefillPeers:
+    """The prefill workers this process has called, by host:port."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def run(self, address: str, request: PrefillRequest) -> PrefillProgress:
+        """Runs prefill to its end; the last event, which carries the first token.
+
+        Cancelling this call cancels the work over there.
+
+        Raises:
+            PenstockError: refused, failed, or ended without a first token.
+        """
+        channel = self._channels.setdefault(address, rpc.channel(address))
+        await self._connected(channel, address)
+        stub = worker_pb2_grpc.PrefillStub(channel)
+        call = stub.Run(run_request(request, self._namespace), timeout=request.deadline_s)
+        blocks_filled = 0
+        try:
+            async for event in call:
+                progress = progress_from_pb(event)
+                if progress.blocks_filled < blocks_filled:
+                    raise Internal(f"prefill {address} counted back from {blocks_filled} to {progress.blocks_filled} blocks")
+                blocks_filled = progress.blocks_filled
+                if progress.first is not None:
+                    return progress
+        except grpc.aio.AioRpcError as error:
+            raise rpc.raised(error, address) from error
+        finally:
+            call.cancel()
+        raise TransferFailed(f"prefill {address} ended after {blocks_filled} blocks without a first token")
+
+    async def _connected(self, channel: grpc.aio.Channel, address: str) -> None:
+        """Fails within the connect deadline when nobody listens, so that the request falls back early."""
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE_S):
+                await channel.channel_ready()
+        except TimeoutError as error:
+            raise Unavailable(f"prefill {address} can't be reached within {CONNECT_DEADLINE_S:g} s") from error
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()

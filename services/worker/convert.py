@@ -1,0 +1,152 @@
+"""worker.proto messages from and to `services.worker.requests`."""
+
+import msgspec
+
+from common.blocks import KEY_BYTES, ChainRoot
+from common.errors import Internal, InvalidRequest, PenstockError, from_code, meaning
+from common.generation import FinishReason
+from common.pb import worker_pb2 as pb
+from common.wire import (
+    endpoint_from_pb,
+    endpoint_to_pb,
+    lease_token,
+    sampling_from_pb,
+    sampling_to_pb,
+    token_from_pb,
+    token_to_pb,
+)
+from services.worker.loading import Stored
+from services.worker.requests import (
+    DecodeRequest,
+    PrefillProgress,
+    PrefillRequest,
+    Report,
+    RequestStep,
+    Route,
+    Source,
+    StageLease,
+)
+
+_SOURCES = {pb.DIRECT: Source.DIRECT, pb.STORAGE_TO_PREFILL: Source.STORAGE_TO_PREFILL, pb.RECOMPUTE: Source.RECOMPUTE}
+_SOURCES_TO_PB = {source: number for number, source in _SOURCES.items()}
+
+
+def stored_from_pb(message: pb.StoredPrefix) -> Stored:
+    lease = message.lease
+    return Stored(message.blocks, lease_token(lease.token), endpoint_from_pb(lease.endpoint), message.kvstore, lease.ttl_ms / 1e3)
+
+
+def stored_to_pb(stored: Stored) -> pb.StoredPrefix:
+    lease = pb.Lease(token=stored.token, endpoint=endpoint_to_pb(stored.endpoint), ttl_ms=int(stored.ttl_s * 1e3))
+    return pb.StoredPrefix(blocks=stored.blocks, lease=lease, kvstore=stored.kvstore)
+
+
+def decode_request(start: pb.Start) -> DecodeRequest:
+    """Raises InvalidRequest for what can't be a request."""
+    if not start.token_ids:
+        raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+    if len(start.chain_root) != KEY_BYTES:
+        raise InvalidRequest(f"chain_root of {len(start.chain_root)} bytes: must be {KEY_BYTES}")
+    source = _SOURCES.get(start.route.source)
+    if source is None:
+        raise InvalidRequest(f"route.source = {start.route.source}: must be one of {', '.join(Source)}")
+    stored = stored_from_pb(start.route.stored) if start.route.stored.blocks else None
+    return DecodeRequest(
+        id=start.request_id,
+        prompt=tuple(start.token_ids),
+        sampling=sampling_from_pb(start.sampling),
+        route=Route(source, stored, start.route.prefill, start.route.kvstore),
+        deadline_s=start.deadline_ms / 1e3,
+        chain_root=ChainRoot(start.chain_root),
+        output=tuple(start.output_ids),
+        traceparent=start.traceparent,
+    )
+
+
+def run_request(request: PrefillRequest, namespace: str) -> pb.RunRequest:
+    lease = pb.Lease(
+        token=request.stage.token, endpoint=endpoint_to_pb(request.stage.endpoint), ttl_ms=int(request.stage.ttl_s * 1e3)
+    )
+    return pb.RunRequest(
+        request_id=request.id,
+        token_ids=request.prompt,
+        sampling=sampling_to_pb(request.sampling),
+        stored=stored_to_pb(request.stored) if request.stored else None,
+        present_blocks=request.present_blocks,
+        stage=lease,
+        namespace=namespace,
+        deadline_ms=int(request.deadline_s * 1e3),
+        traceparent=request.traceparent,
+    )
+
+
+def prefill_request(message: pb.RunRequest) -> PrefillRequest:
+    """Raises InvalidRequest for what can't be a run."""
+    if not message.token_ids:
+        raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+    stage = StageLease(lease_token(message.stage.token), endpoint_from_pb(message.stage.endpoint), message.stage.ttl_ms / 1e3)
+    return PrefillRequest(
+        id=message.request_id,
+        prompt=tuple(message.token_ids),
+        sampling=sampling_from_pb(message.sampling),
+        stage=stage,
+        stored=stored_from_pb(message.stored) if message.stored.blocks else None,
+        present_blocks=message.present_blocks,
+        deadline_s=message.deadline_ms / 1e3,
+        traceparent=message.traceparent,
+    )
+
+
+def report_to_pb(report: Report) -> pb.Report:
+    values = msgspec.structs.asdict(report) | {"source": _SOURCES_TO_PB[report.source]}
+    return pb.Report(**values)
+
+
+def report_from_pb(message: pb.Report) -> Report:
+    values = {field: getattr(message, field) for field in Report.__struct_fields__}
+    return Report(**(values | {"source": _SOURCES.get(message.source, Source.RECOMPUTE)}))
+
+
+def error_to_pb(error: PenstockError) -> pb.Error:
+    return pb.Error(
+        code=meaning(error).code, message=error.message, param=error.param or "", retry_after_s=error.retry_after_s or 0.0
+    )
+
+
+def error_from_pb(message: pb.Error) -> PenstockError:
+    return from_code(message.code, message.message, param=message.param or None, retry_after_s=message.retry_after_s or None)
+
+
+def step_to_pb(step: RequestStep) -> pb.SequenceStep:
+    return pb.SequenceStep(
+        request_id=step.id,
+        tokens=[token_to_pb(token) for token in step.tokens],
+        finish=step.finish or "",
+        error=error_to_pb(step.error) if step.error else None,
+        report=report_to_pb(step.report) if step.report else None,
+        stop_token=0 if step.stop_token is None else step.stop_token + 1,
+    )
+
+
+def progress_to_pb(progress: PrefillProgress) -> pb.RunEvent:
+    return pb.RunEvent(
+        blocks_filled=progress.blocks_filled,
+        first=token_to_pb(progress.first) if progress.first else None,
+        report=report_to_pb(progress.report) if progress.report else None,
+        finish=progress.finish or "",
+        stop_token=0 if progress.stop_token is None else progress.stop_token + 1,
+    )
+
+
+def progress_from_pb(message: pb.RunEvent) -> PrefillProgress:
+    if not message.HasField("first"):
+        return PrefillProgress(message.blocks_filled)
+    if message.finish not in (FinishReason.STOP, FinishReason.LENGTH):
+        raise Internal(f"prefill's finish = {message.finish!r}: must be stop or length")
+    return PrefillProgress(
+        message.blocks_filled,
+        token_from_pb(message.first),
+        FinishReason(message.finish),
+        message.stop_token - 1 if message.stop_token else None,
+        report_from_pb(message.report),
+    )

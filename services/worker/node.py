@@ -1,0 +1,229 @@
+"""The body of a worker process: model, engine, stage, byte plane, gRPC, event plane.
+
+Life of a node (`serve_worker`):
+1. The model is loaded and the engine's thread runs.
+2. The stage is mapped, the byte plane listens, and gRPC listens with the role's service, NOT_SERVING.
+3. Health says SERVING, the worker is announced, and a `ready` event is logged with its addresses.
+4. `stop` is set: the worker announces that it drains, refuses new work, and finishes what runs.
+5. Everything is closed in reverse. Drained means that no request and no lease is left.
+"""
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Protocol
+
+import grpc.aio
+import msgspec
+from prometheus_client import start_http_server
+
+from common import rpc, tracing
+from common.logs import Log
+from common.membership import Announcer
+from common.pb import bytes_pb2_grpc
+from common.pb import worker_pb2 as pb
+from common.settings import shown
+from common.transport.client import TransportPool
+from common.transport.grpc import BytesServicer
+from common.transport.interface import Endpoint
+from common.transport.server import serve_bytes
+from common.wire import endpoint_to_pb
+from services.worker.engine.engine import Engine
+from services.worker.engine.loop import EngineLoop
+from services.worker.engine.types import StepResult
+from services.worker.loading import KvStores, Reader
+from services.worker.memory import stage_slots
+from services.worker.model import LoadedModel, load_model
+from services.worker.settings import WorkerSettings
+from services.worker.slots import SlotPool
+from services.worker.stage import Stage
+
+log = Log("node")
+SEND_SLOTS = 16  # stage slots set aside for what leaves: write-back on decode, hand-off on prefill
+STALLED_S = 60.0  # a step longer than this is a stuck engine: health says so
+
+
+class Role(Protocol):
+    """What a worker does with its node."""
+
+    def on_step(self, result: StepResult) -> None: ...
+
+    def register(self, server: grpc.aio.Server) -> None: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuses new work and waits for what runs, at most so long; then ends it."""
+        ...
+
+
+class Node:
+    """What both roles are made of. Belongs to the event loop's thread."""
+
+    def __init__(self, role: str, settings: WorkerSettings, model: LoadedModel) -> None:
+        self.role = role
+        self.settings = settings
+        self.model = model
+        self.epoch = secrets.token_bytes(16)
+        self.id = settings.id or f"{role}-{self.epoch[:4].hex()}"
+        self.endpoint = Endpoint()
+        self.draining = False
+        self.listener: Callable[[StepResult], None] | None = None
+        engine = Engine(
+            model,
+            pool_bytes=settings.pool_bytes,
+            sequences_max=settings.sequences_max,
+            waiting_max=settings.waiting_max,
+            step_tokens_max=settings.step_tokens_max,
+        )
+        self.context_tokens = engine.context_tokens
+        self.engine = EngineLoop(engine, self._on_step, name=f"{role}-engine")
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        slots = stage_slots(model.layout, self.context_tokens, machine_bytes, settings.stage_bytes, SEND_SLOTS)
+        self.stage = Stage(model.layout.bytes_per_block, slots)
+        self.send_slots = SlotPool(self.stage.reserve(SEND_SLOTS))
+        self.transports = TransportPool(self.stage.region, prefer=settings.transport)
+        self.stores = KvStores()
+        self.reader = Reader(self.stage, self.transports, self.stores)
+
+    def _on_step(self, result: StepResult) -> None:
+        if self.listener is not None:
+            self.listener(result)
+
+    @property
+    def requests_max(self) -> int:
+        return self.settings.sequences_max + self.settings.waiting_max
+
+    def info(self) -> pb.WorkerInfo:
+        layout = self.model.layout
+        return pb.WorkerInfo(
+            role=self.role,
+            id=self.id,
+            epoch=self.epoch,
+            model=self.settings.served_name or Path(self.settings.model).resolve().name,
+            namespace=self.model.namespace,
+            block_tokens=layout.block_tokens,
+            bytes_per_block=layout.bytes_per_block,
+            context_tokens=self.context_tokens,
+            vocab_size=self.model.vocab_size,
+            draining=self.draining,
+            load=self._load(),
+            bytes_endpoint=endpoint_to_pb(self.endpoint),
+            codec="raw",
+        )
+
+    def _load(self) -> pb.Load:
+        load = self.engine.load
+        return pb.Load(
+            running=load.running,
+            waiting=load.waiting,
+            tokens=load.tokens,
+            pool_blocks_free=load.pool_blocks_free,
+            pool_blocks_total=load.pool_blocks_total,
+            stage_slots_free=self.stage.slots_free,
+            stage_slots_total=self.stage.slots_total,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            read_bytes_per_s=self.reader.bytes_per_s,
+            read_queue_bytes=self.reader.queued_bytes,
+        )
+
+
+async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event, make: Callable[[Node], Role]) -> None:
+    """Runs a worker until `stop` is set and everything is drained."""
+    log.event("starting", role=role, settings=shown(settings))
+    loading = asyncio.to_thread(_load, settings)
+    model = await loading
+    async with AsyncExitStack() as stack:
+        node = Node(role, settings, model)
+        log.event("model_loaded", namespace=model.namespace, layout=msgspec.to_builtins(model.layout), context_tokens=node.context_tokens,
+                  dtype=str(model.dtype), device=str(model.device), kernels=model.kernels)  # fmt: skip
+        tracing.setup(role, node.id, settings.otlp_endpoint)
+        stack.callback(tracing.shutdown)
+        stack.callback(node.stage.close)
+        stack.push_async_callback(node.stores.close)
+        stack.push_async_callback(node.transports.close)
+        node.engine.start()
+        stack.push_async_callback(node.engine.stop)
+        worker = make(node)
+        node.listener = worker.on_step
+        server = await _listen(node, worker, stack)
+        if settings.metrics_port is not None:
+            start_http_server(settings.metrics_port, settings.host)
+        announcer = Announcer(settings.nats, lambda: node.info())
+        await server.set_serving(True)
+        await stack.enter_async_context(announcer)
+        log.event(
+            "ready", role=role, id=node.id, grpc=_address(settings, server.address), endpoint=msgspec.to_builtins(node.endpoint)
+        )
+        await _until(stop, node)
+        node.draining = True
+        await server.set_serving(False)
+        await announcer.announce_now()
+        await worker.drain(settings.drain_s)
+        await server.stop(1.0)
+
+
+def _load(settings: WorkerSettings) -> LoadedModel:
+    import torch
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    shown_percent = -1
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal shown_percent
+        percent = 100 * done // max(total, 1)
+        if percent >= shown_percent + 5:
+            shown_percent = percent
+            log.event("loading", percent=percent, bytes=done)
+
+    return load_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        block_tokens=settings.block_tokens,
+        context_tokens=settings.context_tokens,
+        on_progress=on_progress,
+    )
+
+
+async def _listen(node: Node, worker: Role, stack: AsyncExitStack) -> rpc.Server:
+    settings = node.settings
+    shm_path = str(Path(settings.run_dir) / f"{node.id}.sock") if settings.run_dir else None
+    bytes_server = await serve_bytes(node.stage, tcp=(settings.host, settings.bytes_port), shm_path=shm_path)
+    stack.push_async_callback(bytes_server.close)
+
+    def register(server: grpc.aio.Server) -> None:
+        worker.register(server)
+        bytes_pb2_grpc.add_BytesServicer_to_server(BytesServicer(node.stage), server)
+
+    name = f"penstock.worker.v1.{node.role.capitalize()}"
+    server = await rpc.serve(settings.host, settings.port, [name, "penstock.bytes.v1.Bytes"], register)
+    stack.push_async_callback(server.stop, 0)
+    tcp = _address(settings, bytes_server.endpoint.tcp)
+    node.endpoint = Endpoint(bytes_server.endpoint.shm, tcp, _address(settings, server.address))
+    return server
+
+
+def _address(settings: WorkerSettings, bound: str) -> str:
+    """The address peers reach: as bound, unless another host is advertised."""
+    host, _, port = bound.rpartition(":")
+    return f"{settings.advertise_host or host}:{port}"
+
+
+async def _until(stop: asyncio.Event, node: Node) -> None:
+    """Waits for `stop`; meanwhile sweeps expired leases and fails when the engine's thread has died."""
+    while not stop.is_set():
+        try:
+            async with asyncio.timeout(1.0):
+                await stop.wait()
+        except TimeoutError:
+            node.stage.expire()
+            if node.engine.failure is not None:
+                raise node.engine.failure from None
+            if node.engine.stalled_s() > STALLED_S:
+                log.error("engine_stalled", seconds=round(node.engine.stalled_s()))
