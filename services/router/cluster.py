@@ -1,0 +1,247 @@
+"""The router's connections to its peers, and the view that placement decides on.
+
+Peers come from the settings (static, kept for ever) and from NATS (kept until their entry is gone
+*and* their gRPC connection is down). Each peer has one task: connect -> Describe -> check role and
+model -> (decode) open the stream -> poll -> lost -> wait -> connect again.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import grpc.aio
+
+from common import rpc
+from common.aio import first_of
+from common.clients.decode import DecodeConnection
+from common.errors import DeadlineExceeded, Internal, PenstockError, Unavailable
+from common.logs import Log
+from common.membership import Seen, Watcher
+from common.pb import worker_pb2, worker_pb2_grpc
+from services.router.peers import Peer, PeerInfo, store_info, worker_info
+from services.router.placement import ClusterView, cluster_namespace
+from services.router.stores import Store
+
+DESCRIBE_TIMEOUT_S = 2.0
+POLL_S = 1.0  # without fresh loads over NATS
+POLL_SLOW_S = 5.0  # with them
+UNANSWERED_MAX = 5  # polls in a row: ten seconds of silence on a live connection is a stuck process
+RECONNECT_S = (0.1, 1.0)
+ROLES = ("decode", "prefill", "kvstore")
+
+log = Log("cluster")
+
+
+class Cluster:
+    """Peers by (role, address). `run` follows them until cancelled."""
+
+    def __init__(self, model_name: str, static: dict[str, tuple[str, ...]], nats: str = "") -> None:
+        self._model_name = model_name
+        self._tasks: asyncio.TaskGroup | None = None
+        self._changed = asyncio.Event()
+        self._nats = nats
+        self.watcher = Watcher(nats, self._heard)
+        self.namespace = ""
+        self.peers: dict[tuple[str, str], Peer] = {}
+        for role in ROLES:
+            for address in static.get(role, ()):
+                self.peers[role, address] = Peer(role, address, static=True)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for peer in self.peers.values():
+                tasks.create_task(self._follow(peer), name=f"follow-{peer.role}-{peer.address}")
+            await self.watcher.run()
+            await asyncio.Event().wait()  # no NATS: the static peers' tasks go on
+
+    def of(self, role: str) -> list[Peer]:
+        return [peer for peer in self.peers.values() if peer.role == role]
+
+    def peer(self, role: str, address: str) -> Peer | None:
+        return self.peers.get((role, address))
+
+    def serving(self) -> list[Peer]:
+        """Decode workers of the cluster's namespace that are connected."""
+        return [p for p in self.of("decode") if p.usable and p.info is not None and p.info.namespace == self.namespace]
+
+    def view(self) -> ClusterView:
+        serving = self.serving()
+        block_tokens = serving[0].info.block_tokens if serving and serving[0].info else 0
+        return ClusterView(
+            namespace=self.namespace,
+            block_tokens=block_tokens,
+            decodes=tuple(p.decode_view() for p in self.of("decode") if p.usable),
+            prefills=tuple(p.prefill_view() for p in self.of("prefill") if p.usable),
+            kvstores=tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining),
+        )
+
+    def context_tokens(self, own: int) -> int:
+        """The longest prompt plus output that every serving decode worker takes."""
+        limits = [p.info.context_tokens for p in self.serving() if p.info is not None and p.info.context_tokens]
+        return min(limits, default=own)
+
+    def not_ready(self, needs_kvstore: bool) -> str:
+        """Why the cluster can't serve; empty when it can, proven by handshakes."""
+        if not self.of("decode"):
+            return "no decode worker is known: none in the settings and none announced over NATS"
+        if not self.serving():
+            reasons = "; ".join(f"{p.address}: {p.problem or 'of another namespace'}" for p in self.of("decode"))
+            return f"no decode worker is connected ({reasons})"
+        for role in ("prefill", "kvstore") if needs_kvstore else ("prefill",):
+            unreached = [p for p in self.of(role) if p.static and not p.usable]
+            if unreached:
+                return f"{role} {unreached[0].address}: {unreached[0].problem}"
+        foreign = [p for p in self.peers.values() if p.usable and p.info and p.info.namespace not in ("", self.namespace)]
+        if foreign:
+            other = foreign[0]
+            return f"{other.role} {other.id} has another namespace than decode: other weights, dtype or block_tokens"
+        if needs_kvstore and not any(p.usable for p in self.of("kvstore")):
+            return "no kvstore is connected; --no-ready-needs-kvstore serves without one"
+        return ""
+
+    async def changed(self) -> None:
+        """Waits for the next connection, loss or Describe reply."""
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        usable = [p.info.namespace for p in self.of("decode") if p.usable and p.info is not None]
+        chosen = cluster_namespace(usable, self.namespace)
+        if chosen != self.namespace:
+            log.event("namespace", namespace=chosen[:16], before=self.namespace[:16])
+            self.namespace = chosen
+        event, self._changed = self._changed, asyncio.Event()
+        event.set()
+
+    def _heard(self, seen: Seen) -> None:
+        record = seen.record
+        if record.role not in ROLES:
+            return
+        key = (record.role, record.address)
+        peer = self.peers.get(key)
+        if peer is None:
+            if seen.gone or self._tasks is None:
+                return
+            peer = self.peers[key] = Peer(record.role, record.address, static=False)
+            self._tasks.create_task(self._follow(peer), name=f"follow-{record.role}-{record.address}")
+        if peer.seen is not None and seen.gone and seen.record.epoch != peer.seen.record.epoch:
+            return  # an older incarnation's entry went, not this one's
+        peer.heard(seen)
+
+    async def _follow(self, peer: Peer) -> None:
+        wait_s = RECONNECT_S[0]
+        silent = False
+        while True:
+            try:
+                await self._session(peer)
+                raise Internal("a session ended without saying why")
+            except Exception as error:
+                was_connected = peer.connected
+                silent = self._lost(peer, error, silent and not was_connected)
+                wait_s = RECONNECT_S[0] if was_connected else min(2 * wait_s, RECONNECT_S[1])
+            self._notify()
+            if peer.gone:
+                del self.peers[peer.role, peer.address]
+                if peer.seen is not None:
+                    self.watcher.forget(peer.seen.record)
+                log.event("peer_forgotten", role=peer.role, address=peer.address)
+                return
+            await asyncio.sleep(wait_s)
+
+    def _lost(self, peer: Peer, error: Exception, silent: bool) -> bool:
+        """Notes a loss; one that repeats is logged once."""
+        what = "peer_lost" if peer.connected else "peer_unreachable"
+        peer.lost(error.message if isinstance(error, PenstockError) else f"internal error: {error!r}")
+        if not isinstance(error, PenstockError):
+            log.exception("session_failed", role=peer.role, address=peer.address)
+        elif not silent:
+            log.warning(what, role=peer.role, address=peer.address, reason=error.message)
+        return True
+
+    async def _session(self, peer: Peer) -> None:
+        """One connection, from handshake to loss. Always ends by raising."""
+        if peer.role == "decode":
+            await self._decode_session(peer)
+        elif peer.role == "prefill":
+            await self._prefill_session(peer)
+        else:
+            await self._store_session(peer)
+
+    async def _decode_session(self, peer: Peer) -> None:
+        connection = DecodeConnection(peer.address)
+
+        async def describe() -> PeerInfo:
+            return worker_info(await connection.describe(DESCRIBE_TIMEOUT_S))
+
+        def opened() -> None:
+            peer.connection = connection
+            self._described(peer, info)
+
+        try:
+            info = await describe()
+            await first_of(connection.serve(opened), self._poll(peer, describe))
+        finally:
+            peer.connection = None
+            await connection.close()
+
+    async def _prefill_session(self, peer: Peer) -> None:
+        channel = rpc.channel(peer.address)
+        stub = worker_pb2_grpc.PrefillStub(channel)
+
+        async def describe() -> PeerInfo:
+            pending = stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
+            return worker_info(cast(worker_pb2.WorkerInfo, await rpc.call(pending, peer.address)))
+
+        try:
+            self._described(peer, await describe())
+            await self._poll(peer, describe)
+        finally:
+            await channel.close()
+
+    async def _store_session(self, peer: Peer) -> None:
+        store = Store(peer.address)
+
+        async def describe() -> PeerInfo:
+            return store_info(await store.describe(DESCRIBE_TIMEOUT_S))
+
+        try:
+            info = await describe()
+            peer.store = store
+            self._described(peer, info)
+            await self._poll(peer, describe)
+        finally:
+            peer.store = None
+            await store.close()
+
+    async def _poll(self, peer: Peer, describe: Callable[[], Awaitable[PeerInfo]]) -> None:
+        unanswered = 0
+        while True:
+            await asyncio.sleep(POLL_SLOW_S if peer.nats_fresh(time.monotonic()) else POLL_S)
+            try:
+                info = await describe()
+                unanswered = 0
+            except DeadlineExceeded:
+                unanswered += 1
+                if unanswered >= UNANSWERED_MAX:
+                    raise Unavailable(f"{peer.role} {peer.address}: connected, but {unanswered} calls went unanswered") from None
+                continue
+            if peer.info is not None and info.epoch != peer.info.epoch:
+                raise Unavailable(f"{peer.role} {peer.address}: restarted")
+            self._described(peer, info)
+
+    def _described(self, peer: Peer, info: PeerInfo) -> None:
+        problem = self._problem(peer, info)
+        if not peer.connected or problem != peer.problem:
+            level = log.warning if problem else log.event
+            level("peer_connected", role=peer.role, address=peer.address, id=info.id, epoch=info.epoch[:8], problem=problem)
+        peer.described(info, problem)
+        self._notify()
+
+    def _problem(self, peer: Peer, info: PeerInfo) -> str:
+        """Why a peer that answers can't be used."""
+        if info.role != peer.role:
+            return f"it is a {info.role}, not a {peer.role}"
+        if peer.role != "kvstore" and info.model != self._model_name:
+            return f"it serves {info.model!r}, not {self._model_name!r}"
+        return ""

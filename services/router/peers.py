@@ -1,0 +1,190 @@
+"""One peer of the router: what it says of itself, and what the router has sent it since.
+
+Life: UNKNOWN -> CONNECTED <-> LOST. Facts come from `Describe` over gRPC, loads from whichever of
+`Describe` and NATS spoke last; what the router sent after that report is added, so that a burst
+between two reports is seen.
+"""
+
+import time
+
+import msgspec
+
+from common.clients.decode import DecodeConnection
+from common.membership import MemberLoad, Seen
+from common.pb import kvstore_pb2, worker_pb2
+from services.router.placement import DecodeView, PrefillView
+from services.router.stores import Store
+
+NATS_FRESH_S = 2.5  # two refreshes and a half: newer than that, a load over NATS spares the poll
+
+
+class PeerInfo(msgspec.Struct, frozen=True):
+    """A Describe reply."""
+
+    role: str
+    id: str
+    epoch: str
+    namespace: str = ""
+    model: str = ""
+    block_tokens: int = 0
+    context_tokens: int = 0
+    vocab_size: int = 0
+    draining: bool = False
+    load: MemberLoad = MemberLoad()
+    store: dict[str, int] = {}  # a kvstore's counters, for status
+
+
+class Peer:
+    """A decode worker, prefill worker or kvstore at one address."""
+
+    def __init__(self, role: str, address: str, static: bool) -> None:
+        self.role = role
+        self.address = address
+        self.static = static
+        self.connected = False
+        self.problem = "not reached yet"  # why it can't be used; empty: it can
+        self.info: PeerInfo | None = None
+        self.connection: DecodeConnection | None = None
+        self.store: Store | None = None
+        self.seen: Seen | None = None
+        self.full_until = 0.0
+        self.sequences_live = 0
+        self.tokens_live = 0
+        self._sequences_sent = 0  # since the last report
+        self._tokens_sent = 0
+        self._reported_at = 0.0
+        self._heard_nats_at = 0.0
+
+    def __repr__(self) -> str:
+        state = "connected" if self.connected else f"lost ({self.problem})"
+        return f"<Peer {self.role} {self.address} {state} live={self.sequences_live}>"
+
+    @property
+    def id(self) -> str:
+        return self.info.id if self.info else self.seen.record.id if self.seen else self.address
+
+    @property
+    def usable(self) -> bool:
+        return self.connected and not self.problem and self.info is not None
+
+    @property
+    def gone(self) -> bool:
+        """Not in the settings, and not (or no more) among the announced members."""
+        return not self.static and (self.seen is None or self.seen.gone)
+
+    def described(self, info: PeerInfo, problem: str) -> None:
+        """A Describe reply came."""
+        self.info = info
+        self.problem = problem
+        self.connected = True
+        self._reported()
+
+    def heard(self, seen: Seen) -> None:
+        """An announcement came over NATS. It counts as a load report only from the incarnation we are connected to."""
+        self.seen = seen
+        if self.info is None or seen.gone or seen.record.epoch != self.info.epoch:
+            return
+        self.info = msgspec.structs.replace(self.info, load=seen.record.load, draining=seen.record.draining)
+        self._heard_nats_at = time.monotonic()
+        self._reported()
+
+    def lost(self, reason: str) -> None:
+        self.connected = False
+        self.problem = reason
+        self.connection = None
+        self.full_until = 0.0
+
+    def nats_fresh(self, now: float) -> bool:
+        return now - self._heard_nats_at < NATS_FRESH_S
+
+    def sent(self, tokens: int) -> None:
+        """A request of so many tokens was handed to this peer."""
+        self.sequences_live += 1
+        self.tokens_live += tokens
+        self._sequences_sent += 1
+        self._tokens_sent += tokens
+
+    def grown(self, tokens: int) -> None:
+        self.tokens_live += tokens
+
+    def ended(self, tokens: int) -> None:
+        """A request that was `sent`, and may have `grown`, is over."""
+        self.sequences_live -= 1
+        self.tokens_live -= tokens
+        assert self.sequences_live >= 0 and self.tokens_live >= 0
+
+    def decode_view(self) -> DecodeView:
+        assert self.info is not None
+        load = self.info.load
+        return DecodeView(
+            address=self.address,
+            id=self.info.id,
+            namespace=self.info.namespace,
+            sequences=max(self.sequences_live, load.running + load.waiting + self._sequences_sent),
+            tokens=max(self.tokens_live, load.tokens + self._tokens_sent),
+            pool_tokens=load.pool_blocks_total * self.info.block_tokens,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            connected=self.usable,
+            draining=self.info.draining,
+            full_until=self.full_until,
+        )
+
+    def prefill_view(self) -> PrefillView:
+        assert self.info is not None
+        load = self.info.load
+        return PrefillView(
+            address=self.address,
+            id=self.info.id,
+            namespace=self.info.namespace,
+            tokens=max(self.tokens_live, load.tokens + self._tokens_sent),
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            read_bytes_per_s=load.read_bytes_per_s,
+            read_queue_bytes=load.read_queue_bytes,
+            connected=self.usable,
+            draining=self.info.draining,
+        )
+
+    def detail(self) -> str:
+        """Its load in words."""
+        if self.problem:
+            return self.problem
+        assert self.info is not None
+        words = "draining, " if self.info.draining else ""
+        if self.role == "kvstore":
+            counts = self.info.store
+            return f"{words}{counts['blocks']} blocks, {counts['used_bytes'] / 1e6:.0f} of {counts['budget_bytes'] / 1e6:.0f} MB"
+        load = self.info.load
+        return (
+            f"{words}{load.running} running, {load.waiting} waiting, {load.tokens} tokens, "
+            f"{load.pool_blocks_total - load.pool_blocks_free} of {load.pool_blocks_total} blocks"
+        )
+
+    def _reported(self) -> None:
+        self._reported_at = time.monotonic()
+        self._sequences_sent = 0
+        self._tokens_sent = 0
+
+
+def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
+    load = message.load
+    return PeerInfo(
+        role=message.role,
+        id=message.id,
+        epoch=message.epoch.hex(),
+        namespace=message.namespace,
+        model=message.model,
+        block_tokens=message.block_tokens,
+        context_tokens=message.context_tokens,
+        vocab_size=message.vocab_size,
+        draining=message.draining,
+        load=MemberLoad(**{name: getattr(load, name) for name in MemberLoad.__struct_fields__}),
+    )
+
+
+def store_info(message: kvstore_pb2.StoreInfo) -> PeerInfo:
+    counters = {
+        field.name: getattr(message, field.name)
+        for field in kvstore_pb2.StoreInfo.DESCRIPTOR.fields
+        if isinstance(getattr(message, field.name), int) and not isinstance(getattr(message, field.name), bool)
+    }
+    return PeerInfo(role="kvstore", id=message.id, epoch=message.epoch.hex(), draining=message.draining, store=counters)
