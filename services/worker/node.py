@@ -22,12 +22,12 @@ from prometheus_client import start_http_server
 
 from common import rpc, tracing
 from common.logs import Log
-from common.membership import Announcer
+from common.membership import Announcer, MemberLoad, MemberRecord
 from common.pb import bytes_pb2_grpc
 from common.pb import worker_pb2 as pb
 from common.settings import shown
 from common.transport.client import TransportPool
-from common.transport.grpc import BytesServicer
+from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Endpoint
 from common.transport.server import serve_bytes
 from common.wire import endpoint_to_pb
@@ -71,6 +71,7 @@ class Node:
         self.epoch = secrets.token_bytes(16)
         self.id = settings.id or f"{role}-{self.epoch[:4].hex()}"
         self.endpoint = Endpoint()
+        self.address = ""  # host:port of gRPC, as peers reach it
         self.draining = False
         self.listener: Callable[[StepResult], None] | None = None
         engine = Engine(
@@ -98,27 +99,13 @@ class Node:
     def requests_max(self) -> int:
         return self.settings.sequences_max + self.settings.waiting_max
 
-    def info(self) -> pb.WorkerInfo:
-        layout = self.model.layout
-        return pb.WorkerInfo(
-            role=self.role,
-            id=self.id,
-            epoch=self.epoch,
-            model=self.settings.served_name or Path(self.settings.model).resolve().name,
-            namespace=self.model.namespace,
-            block_tokens=layout.block_tokens,
-            bytes_per_block=layout.bytes_per_block,
-            context_tokens=self.context_tokens,
-            vocab_size=self.model.vocab_size,
-            draining=self.draining,
-            load=self._load(),
-            bytes_endpoint=endpoint_to_pb(self.endpoint),
-            codec="raw",
-        )
+    @property
+    def model_name(self) -> str:
+        return self.settings.served_name or Path(self.settings.model).resolve().name
 
-    def _load(self) -> pb.Load:
+    def load(self) -> MemberLoad:
         load = self.engine.load
-        return pb.Load(
+        return MemberLoad(
             running=load.running,
             waiting=load.waiting,
             tokens=load.tokens,
@@ -129,6 +116,39 @@ class Node:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             read_bytes_per_s=self.reader.bytes_per_s,
             read_queue_bytes=self.reader.queued_bytes,
+        )
+
+    def record(self) -> MemberRecord:
+        """What the event plane says of this worker."""
+        return MemberRecord(
+            role=self.role,
+            id=self.id,
+            epoch=self.epoch.hex(),
+            address=self.address,
+            namespace=self.model.namespace,
+            model=self.model_name,
+            block_tokens=self.model.layout.block_tokens,
+            draining=self.draining,
+            load=self.load(),
+        )
+
+    def info(self) -> pb.WorkerInfo:
+        """What the control plane says of it."""
+        layout = self.model.layout
+        return pb.WorkerInfo(
+            role=self.role,
+            id=self.id,
+            epoch=self.epoch,
+            model=self.model_name,
+            namespace=self.model.namespace,
+            block_tokens=layout.block_tokens,
+            bytes_per_block=layout.bytes_per_block,
+            context_tokens=self.context_tokens,
+            vocab_size=self.model.vocab_size,
+            draining=self.draining,
+            load=pb.Load(**msgspec.structs.asdict(self.load())),
+            bytes_endpoint=endpoint_to_pb(self.endpoint),
+            codec="raw",
         )
 
 
@@ -162,8 +182,9 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
         await _until(stop, node)
         node.draining = True
         await server.set_serving(False)
-        await announcer.announce_now()
+        announcer.changed()
         await worker.drain(settings.drain_s)
+        await announcer.withdraw()
         await server.stop(1.0)
 
 
@@ -204,8 +225,8 @@ async def _listen(node: Node, worker: Role, stack: AsyncExitStack) -> rpc.Server
     name = f"penstock.worker.v1.{node.role.capitalize()}"
     server = await rpc.serve(settings.host, settings.port, [name, "penstock.bytes.v1.Bytes"], register)
     stack.push_async_callback(server.stop, 0)
-    tcp = _address(settings, bytes_server.endpoint.tcp)
-    node.endpoint = Endpoint(bytes_server.endpoint.shm, tcp, _address(settings, server.address))
+    node.address = _address(settings, server.address)
+    node.endpoint = Endpoint(bytes_server.endpoint.shm, _address(settings, bytes_server.endpoint.tcp), node.address)
     return server
 
 

@@ -178,10 +178,10 @@ class Cluster:
 
     def start_router(self) -> None:
         peers = {role: [self.addresses[f"{role}-{n}"] for n in range(count)] for role, count in self.counts.items()}
-        flags = ["--model", str(self.model), "--port", "0", "--kvstores", self.addresses["kvstore"]]
+        flags = ["--model", str(self.model), "--port", "0", "--kvstore", self.addresses["kvstore"]]
         for role, addresses in peers.items():
             if addresses:
-                flags += [f"--{role}s", ",".join(addresses)]
+                flags += [f"--{role}", ",".join(addresses)]
         self._spawn("router", "router", [*flags, *self.router_flags])
         ready = self.services["router"].wait_event("ready")
         self.url, self.addresses["router"] = ready["http"], ready["grpc"]
