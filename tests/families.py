@@ -44,8 +44,9 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_FOUR_LAYERS: dict[str, Any] = {"num_hidden_layers": 4}
+_ALTERNATING = _FOUR_LAYERS | {"sliding_window": WINDOW_TOKENS, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -73,10 +74,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "mistral": ("MistralConfig", {"sliding_window": WINDOW_TOKENS, "head_dim": 16}),
     "gemma": ("GemmaConfig", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": False}),
-    "gemma2": ("Gemma2Config", {"tie_word_embeddings": False, "head_dim": 16, "num_hidden_layers": 4, "sliding_window": WINDOW_TOKENS, "query_pre_attn_scalar": 20,
-                                "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}),
-    "gemma3": ("Gemma3TextConfig", {"tie_word_embeddings": False, "head_dim": 16, "num_hidden_layers": 4, "sliding_window": WINDOW_TOKENS,
-                                    "query_pre_attn_scalar": 20, "layer_types": _ALTERNATING}),
+    "gemma2": ("Gemma2Config", _FOUR_LAYERS | {"tie_word_embeddings": False, "head_dim": 16, "sliding_window": WINDOW_TOKENS,
+               "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}),
+    "gemma3": ("Gemma3TextConfig", _ALTERNATING | {"tie_word_embeddings": False, "head_dim": 16, "query_pre_attn_scalar": 20}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": WINDOW_TOKENS}),
     "qwen2_moe": ("Qwen2MoeConfig", _EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS | {"head_dim": 16}),
@@ -84,16 +84,16 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"sliding_window": WINDOW_TOKENS, "partial_rotary_factor": 0.5, "hidden_size": 64}),
     "olmo": ("OlmoConfig", {"clip_qkv": 1.0}),
     "olmo2": ("Olmo2Config", {}),
-    "olmo3": ("Olmo3Config", {"num_hidden_layers": 4, "sliding_window": WINDOW_TOKENS, "layer_types": _ALTERNATING}),
+    "olmo3": ("Olmo3Config", _ALTERNATING),
     "olmoe": ("OlmoeConfig", _EXPERTS),
-    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW_TOKENS,
-                                 "num_hidden_layers": 4, "layer_types": _ALTERNATING, "rope_parameters": _YARN_ROPE}),
+    "gpt_oss": ("GptOssConfig", _ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+                "rope_parameters": _YARN_ROPE}),
     "glm": ("GlmConfig", {"head_dim": 16}),
     "glm4": ("Glm4Config", {"head_dim": 16, "attention_bias": True}),
     "granite": ("GraniteConfig", {"attention_multiplier": 0.5, "residual_multiplier": 0.8, "embedding_multiplier": 3.0,
                                   "logits_scaling": 2.0}),
     "cohere": ("CohereConfig", {"use_qk_norm": True, "logit_scale": 0.5}),
-    "cohere2": ("Cohere2Config", {"num_hidden_layers": 4, "sliding_window": WINDOW_TOKENS, "layer_types": _ALTERNATING}),
+    "cohere2": ("Cohere2Config", _ALTERNATING),
     "starcoder2": ("Starcoder2Config", {"sliding_window": WINDOW_TOKENS}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
     "ernie4_5": ("Ernie4_5Config", {"head_dim": 16}),
@@ -103,7 +103,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES = tuple(_CONFIGS)
 # The twelve that every path of the system is proven with.
-CORE_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe", "phi3", "olmo2", "gpt_oss", "glm4")
+CORE_FAMILIES = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe", "phi3", "olmo2", "gpt_oss", "glm4",
+)  # fmt: skip
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from common.blocks import Namespace
 from common.errors import SettingsError, UnsupportedModel
@@ -134,7 +133,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(f"{path} is not a valid {kind} configuration: {error}") from error
     architectures = checkpoint.config.get("architectures") or []
-    expected = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    expected = model_class.__name__
     if architectures and expected not in architectures:
         raise UnsupportedModel(f"{path}: architecture {architectures[0]} is not a causal language model; expected {expected}")
     for flag, served in _REQUIRED_FLAGS.items():
@@ -192,10 +192,9 @@ def _load_weights(directory: Path, config: Any, dtype: torch.dtype, device: torc
     config.use_cache = False
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = load(
             directory,
             config=config,
             dtype=dtype,
@@ -207,9 +206,6 @@ def _load_weights(directory: Path, config: Any, dtype: torch.dtype, device: torc
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UnsupportedModel(f"{directory}: the weights don't load: {error}") from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
         named = ", ".join(missing[:3])

@@ -106,7 +106,8 @@ class Engine:
                 wrong = low if low < 0 else high
                 raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {self.model.vocab_size}", param="prompt")
         if len(new.output) >= new.sampling.max_tokens:
-            raise InvalidRequest(f"{len(new.output)} of max_tokens = {new.sampling.max_tokens} are generated already", param="max_tokens")
+            limit = new.sampling.max_tokens
+            raise InvalidRequest(f"{len(new.output)} of max_tokens = {limit} are generated already", param="max_tokens")
         if new.kv is not None:
             self._check_kv(new, tokens)
 
@@ -116,9 +117,10 @@ class Engine:
         if not 0 <= new.kv.tokens < tokens:
             raise InvalidRequest(f"KV of {new.kv.tokens} tokens for a sequence of {tokens}: at least one token must be computed")
         if len(new.kv.buffers) != needed or any(buffer.nbytes != self.layout.bytes_per_block for buffer in new.kv.buffers):
-            sizes = [buffer.nbytes for buffer in new.kv.buffers]
+            sizes = sorted({buffer.nbytes for buffer in new.kv.buffers})
             raise InvalidRequest(
-                f"KV of {new.kv.tokens} tokens comes in buffers of {sizes} bytes; expected {needed} of {self.layout.bytes_per_block}"
+                f"KV of {new.kv.tokens} tokens comes in {len(new.kv.buffers)} buffers of {sizes} bytes; "
+                f"expected {needed} of {self.layout.bytes_per_block}"
             )
 
     def add(self, new: NewSequence) -> None:
@@ -149,6 +151,15 @@ class Engine:
         """Ends every live sequence with an error; the next step reports it."""
         for sequence in list(self._live.values()):
             self._fail(sequence, error)
+
+    def close(self, error: PenstockError) -> tuple[SequenceStep, ...]:
+        """Gives up: the last steps of all live sequences. Only buffers are given back; the pool goes with the engine."""
+        live, ended = list(self._live.values()), self._ended
+        self._live, self._ended = {}, []
+        for sequence in live:
+            sequence.drop_kv()
+        failed = (SequenceStep(s.id, computed=s.computed, finish=FinishReason.ERROR, error=error) for s in live)
+        return (*ended, *failed)
 
     # -- KV that leaves
 
@@ -321,9 +332,9 @@ class Engine:
         )
 
     @property
-    def full(self) -> bool:
-        """One more sequence would be refused. A snapshot; any thread may read it."""
-        return self._scheduler.full
+    def room(self) -> int:
+        """How many more sequences would be taken. A snapshot; any thread may read it."""
+        return self._scheduler.room
 
     def check_integrity(self) -> None:
         """Every block is free or has exactly the holders that are known here; every phase fits its place."""

@@ -56,7 +56,7 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        if self.full:
+        if self.room <= 0:
             raise Overloaded(
                 f"{len(self.running)} requests run and {len(self.waiting)} wait; at most {self._sequences_max} and "
                 f"{self._waiting_max} may",
@@ -65,8 +65,9 @@ class Scheduler:
         self.waiting.append(sequence)
 
     @property
-    def full(self) -> bool:
-        return len(self.waiting) + len(self.running) >= self._waiting_max + self._sequences_max
+    def room(self) -> int:
+        """How many more sequences may be added."""
+        return self._waiting_max + self._sequences_max - len(self.waiting) - len(self.running)
 
     def finish(self, sequence: Sequence, *, keep_blocks: bool) -> None:
         """Takes a sequence out, whatever its phase."""
