@@ -13,6 +13,7 @@ enum {
     STRIP = 12,        // w rows walked together: the least multiple of every tile width below
     SLICE = 256,       // inner elements of a packed panel: 16 KiB, half of a 32 KiB L1
     BLOCK_PANELS = 6,  // panels packed at once: 96 KiB, well inside L2
+    PASS_ROWS = 6,     // rows of x that meet a strip at once, at most
     PANEL_ROWS = 6,
     MANY_ROWS = 48,    // from here packing w pays (loadtest/bench_kernels.py --crossover)
     WIDEN_ROWS = 16,
@@ -60,15 +61,20 @@ INLINE void strip_rows(const int kind, const int mr, const int nr, const int lin
 }
 
 INLINE void few_rows(const int kind, const Linear *l, long first, long last) {
-    const int lines = kind == BF16 ? 2 : 4;  // what one pass must fetch for each group of 4 rows
-    long passes = ceil_div(l->m, 4);
+    const int lines = kind == BF16 ? 1 : 2;  // fetched by each row of a tile for a group
+    long passes = ceil_div(l->m, PASS_ROWS);
     for (long column = first; column < last; column += STRIP) {
-        long columns = min_l(STRIP, last - column), row = 0, pass = 0;
-        for (; row + 4 <= l->m; row += 4) strip_rows(kind, 4, 3, lines, l, row, column, columns, passes, pass++);
-        switch (l->m - row) {
-            case 3: strip_rows(kind, 3, 4, lines, l, row, column, columns, passes, pass); break;
-            case 2: strip_rows(kind, 2, 4, lines, l, row, column, columns, passes, pass); break;
-            case 1: strip_rows(kind, 1, 4, lines, l, row, column, columns, passes, pass); break;
+        long columns = min_l(STRIP, last - column);
+        for (long pass = 0; pass < passes; pass++) {
+            long row = l->m * pass / passes;
+            switch (l->m * (pass + 1) / passes - row) {
+                case 1: strip_rows(kind, 1, 4, 2 * lines, l, row, column, columns, passes, pass); break;
+                case 2: strip_rows(kind, 2, 4, 2 * lines, l, row, column, columns, passes, pass); break;
+                case 3: strip_rows(kind, 3, 3, 2 * lines, l, row, column, columns, passes, pass); break;
+                case 4: strip_rows(kind, 4, 2, lines, l, row, column, columns, passes, pass); break;
+                case 5: strip_rows(kind, 5, 2, lines, l, row, column, columns, passes, pass); break;
+                case 6: strip_rows(kind, 6, 2, lines, l, row, column, columns, passes, pass); break;
+            }
         }
     }
 }
