@@ -1,0 +1,151 @@
+"""The model card: a pure function from what a run measured to Markdown."""
+
+import math
+from typing import Any, NamedTuple
+
+from deploy.demo_model import dataset as data
+from deploy.demo_model.evaluate import Score
+
+SETTINGS = ("steps", "minutes", "seed", "tokens_per_step", "row_tokens", "optimiser", "learning_rate", "weight_decay", "dropout", "compile")
+
+
+class Facts(NamedTuple):
+    parameters: int
+    config: dict[str, Any]
+    corpus: data.Dataset
+    log: list[dict[str, float]]
+    scores: list[Score]  # by kind, as data.KINDS
+    by_position: list[tuple[int, float]]
+    samples: list[tuple[str, str]]
+    device: str
+    settings: dict[str, Any]
+
+
+def text(facts: Facts) -> str:
+    return "\n".join([_HEAD, _what(facts), _data(facts), _training(facts), _results(facts), _samples(facts)])
+
+
+_HEAD = """\
+---
+license: apache-2.0
+language: [en]
+library_name: transformers
+pipeline_tag: text-generation
+tags: [python, tiny, demo]
+---
+# penstock-demo
+
+A very small language model, trained from nothing on the source of Python's standard library. It is here so that a cluster started on a
+laptop answers with text instead of noise, and so that acceptance rates and the loss of a KV codec have something real to be measured on.
+"""
+
+
+def _what(facts: Facts) -> str:
+    config = facts.config
+    return f"""\
+## What it is
+
+Llama architecture, {facts.parameters / 1e6:.1f} million parameters in bfloat16, {config["num_hidden_layers"]} layers of width {config["hidden_size"]},
+{config["num_attention_heads"]} query heads over {config["num_key_value_heads"]} KV heads of {config["head_dim"]}, tied embeddings, a byte-level BPE of
+{config["vocab_size"]} tokens, and a context of {config["max_position_embeddings"]} tokens, all of whose positions were trained.
+
+It completes simple Python plausibly, in the standard library's manner: short bodies, accessors, argument checks, file and string
+handling. It is often wrong, it does not know what it does not know, and **it does not chat**: a greeting gets Python back. Nothing in it was
+tuned for safety. Don't use it for anything but trying out a server.
+
+Three ways to ask:
+
+- source text as a raw completion (`<|bos|>` is put in front by the tokenizer);
+- a chat message that is a signature and a docstring, alone or after "Write the body of this function:": the answer is the body,
+  indented, so that message and answer are one function;
+- a chat message in words ("Write a Python function called `name` that ..."), or "Implement this function:" and a signature: the answer is the
+  whole function.
+
+Several turns about functions of one module work best at a low temperature; `generation_config.json` has 0.3.
+"""
+
+
+def _data(facts: Facts) -> str:
+    corpus = facts.corpus
+    lines = []
+    for kind, name in enumerate(data.KINDS):
+        training, held_out = (corpus.select(held_out=side, kind=kind) for side in (False, True))
+        counts = (len(training), corpus.count_tokens(training), len(held_out), corpus.count_tokens(held_out))
+        lines.append(f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+    return f"""\
+## Data and licence
+
+The `.py` files of one CPython {corpus.python} standard library, its own test suite included, and nothing else: {corpus.files:,} files after tables
+(`encodings`, `pydoc_data`), duplicates and files that don't parse are left out. That text is under the Python Software Foundation License
+Version 2, a copy of which is in `LICENSE.python.txt`; a model this small repeats some of it word for word, and such passages stay under it.
+The weights themselves are under this repository's licence.
+
+Whole files are documents. Functions of the library proper (not of its tests) are also taken apart into conversations: the instruction is
+the signature with its docstring, or a sentence made from the docstring's first paragraph; the answer is the body, or the whole function. They
+appear alone, in runs of 2 to 5 turns, and as one long conversation per file. About one file in 20, chosen by a hash of its path, is held
+out with all its functions; a function that also occurs in a training file is left out of the held-out conversations.
+
+| text | training documents | training tokens | held-out documents | held-out tokens |
+| --- | --- | --- | --- | --- |
+{chr(10).join(lines)}
+"""
+
+
+def _training(facts: Facts) -> str:
+    last = facts.log[-1]
+    best = min(facts.log, key=lambda row: row["held_out_library_loss"] + row["held_out_conversation_loss"])
+    epochs = last["tokens"] / facts.corpus.count_tokens(facts.corpus.select(held_out=False))
+    settings = ", ".join(f"{name} {value}" for name, value in facts.settings.items() if value != math.inf)
+    return f"""\
+## Training
+
+`python -m deploy.demo_model.train`, on one {facts.device}: {last["step"]:,} steps, {last["tokens"] / 1e6:.0f} million tokens ({epochs:.0f} epochs), {last["seconds"] / 60:.1f} minutes.
+Settings: {settings}. Learning rate: warm-up, flat, then linear to zero. The weights kept are those of step {best["step"]:,}, where the held-out loss was lowest.
+`training_log.csv` has the curve; the training loss is measured with dropout on, and so reads higher than it would without.
+
+| step | training loss | held-out library loss | held-out conversation loss |
+| --- | --- | --- | --- |
+{chr(10).join(_log_line(row) for row in _thinned(facts.log))}
+"""
+
+
+def _results(facts: Facts) -> str:
+    lines = [
+        f"| {name} | {score.tokens:,} | {score.loss:.3f} | {score.perplexity:.2f} | {score.bits_per_byte:.3f} |"
+        for name, score in zip(data.KINDS, facts.scores, strict=True)
+    ]
+    table = f"""\
+## Held-out results
+
+The bfloat16 weights as stored, over all held-out text, in rows of 2,048 tokens. Perplexity is per token of this tokenizer; bits per byte compare across tokenizers.
+
+| held-out text | tokens | loss | perplexity | bits per byte |
+| --- | --- | --- | --- | --- |
+{chr(10).join(lines)}
+"""
+    if not facts.by_position:
+        return table
+    starts = [0, *(end for end, _ in facts.by_position)]
+    places = [f"| {start:,} to {end:,} | {loss:.3f} |" for start, (end, loss) in zip(starts, facts.by_position, strict=False)]
+    return f"""{table}
+The long context is used: loss by position in those held-out files that fill it.
+
+| positions | loss |
+| --- | --- |
+{chr(10).join(places)}
+"""
+
+
+def _samples(facts: Facts) -> str:
+    shown = [f"Asked:\n\n```text\n{prompt.rstrip()}\n```\n\nAnswered:\n\n```text\n{answer.rstrip()}\n```\n" for prompt, answer in facts.samples]
+    return "## Samples\n\nGreedy, one user message each, neither chosen nor mended.\n\n" + "\n".join(shown)
+
+
+def _thinned(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most about a dozen rows, the last among them."""
+    stride = max(1, len(log) // 12)
+    return log[::-stride][::-1]
+
+
+def _log_line(row: dict[str, float]) -> str:
+    return f"| {row['step']:,} | {row['training_loss']:.3f} | {row['held_out_library_loss']:.3f} | {row['held_out_conversation_loss']:.3f} |"
