@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-
 from services.cli.logfile import last_lines, rotate
 from services.cli.messages import Failed, Message, Note, Ready, Show, decode, encode
 

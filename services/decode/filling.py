@@ -24,7 +24,7 @@ from services.decode.prefill_client import PrefillPeers
 from services.worker.engine.types import LoadedKv
 from services.worker.loading import Reader, Stored
 from services.worker.requests import DecodeRequest, PrefillProgress, PrefillRequest, Report, Source, StageLease
-from services.worker.stage import Right, Stage
+from services.worker.stage import Lease, Right, Stage
 
 log = Log("filling")
 
@@ -116,24 +116,24 @@ class Filler:
         """
         began = time.perf_counter()
         slots = self._stage.reserve(-(-len(request.prompt) // self._block_tokens))
-        token = self._stage.grant(slots, Right.WRITE, self._lease_s)
-        lease = StageLease(token, self._endpoint(), self._lease_s)
+        granted = self._stage.grant(slots, Right.WRITE, self._lease_s)
+        lease = StageLease(granted.token, self._endpoint(), self._lease_s)
         run = PrefillRequest(
             request.id, request.prompt, request.sampling, lease, stored, 0, request.deadline_s, tracing.traceparent()
         )
-        keeping = asyncio.create_task(self._keep(token))
+        keeping = asyncio.create_task(self._keep(granted.token))
         last: PrefillProgress | None = None
         good = 0
         try:
             last = await self._prefills.run(request.route.prefill, run)
             good = len(slots)
         except PenstockError as error:
-            good = min(self._stage.filled_prefix(token), reusable_blocks(len(request.prompt), self._block_tokens))
+            good = min(_filled_prefix(granted), reusable_blocks(len(request.prompt), self._block_tokens))
             report.fallback = f"prefill {request.route.prefill}: {error.message}"
             log.warning("fallback", request_id=request.id, reason=report.fallback, blocks_kept=good)
         finally:
             keeping.cancel()
-            self._stage.revoke(token)
+            await asyncio.shield(self._stage.revoke(granted.token))
             self._stage.free(slots[good:])
         if last is not None:
             self._merge(report, last.report or Report(), time.perf_counter() - began)
@@ -175,3 +175,8 @@ class Filler:
         """Frees the slots once, from whichever thread."""
         loop = asyncio.get_running_loop()
         return lambda: loop.call_soon_threadsafe(self._stage.free, slots)
+
+
+def _filled_prefix(lease: Lease) -> int:
+    """Leading items of a lease that are filled."""
+    return next((item for item in range(len(lease.slots)) if not lease.is_filled(item)), len(lease.slots))

@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from common.errors import LeaseRejected, TransferFailed
-from common.transport.client import TransportPool
 from common.transport.interface import Part, PartStatus, Span
+from common.transport.pool import TransportPool
 from services.worker.engine.loop import EngineLoop
 from services.worker.requests import PrefillRequest
 from services.worker.slots import SlotPool
@@ -81,8 +81,6 @@ class Handoff:
         self._news.set()
 
     async def _send_all(self) -> None:
-        transport = await self._in.transports.transport(self._stage_lease.endpoint)
-        self.carrier = transport.carrier
         while self.sent_blocks < self.blocks:
             while self.sent_blocks >= self._ready:
                 self._news.clear()
@@ -105,7 +103,7 @@ class Handoff:
 
     async def _write(self, blocks: range, spans: Sequence[Span]) -> None:
         size = self._in.stage.bytes_per_slot
-        transport = await self._in.transports.transport(self._stage_lease.endpoint)
+        transport = self._in.transports.transport(self._stage_lease.endpoint)
         statuses = await transport.write(
             self._stage_lease.token, [Part(block, 0, size) for block in blocks], spans, deadline_s=SEND_DEADLINE_S
         )
@@ -114,6 +112,7 @@ class Handoff:
                 raise LeaseRejected(f"decode refused block {block}: the stage lease is gone")
             if status is not PartStatus.OK:
                 raise TransferFailed(f"block {block} did not reach decode: {status.name.lower()}")
+        self.carrier = transport.carrier
         self.sent_blocks = blocks.stop
         self.sent_bytes += len(blocks) * size
 

@@ -10,8 +10,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import cast
 
-import grpc.aio
-
 from common import rpc
 from common.aio import first_of
 from common.clients.decode import DecodeConnection

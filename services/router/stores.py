@@ -16,8 +16,7 @@ from common import rpc
 from common.errors import PenstockError
 from common.logs import Log
 from common.pb import kvstore_pb2 as pb
-from common.pb import kvstore_pb2_grpc
-from common.pb import worker_pb2
+from common.pb import kvstore_pb2_grpc, worker_pb2
 
 RPC_TIMEOUT_S = 2.0
 RELEASES_MAX = 1024  # under way at once; what is beyond that ends with its TTL

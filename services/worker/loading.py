@@ -13,8 +13,8 @@ import msgspec
 from common.clients.kvstore import KvStoreClient
 from common.errors import PenstockError
 from common.logs import Log
-from common.transport.client import TransportPool
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus
+from common.transport.pool import TransportPool
 from services.worker.stage import Stage
 
 log = Log("loading")
@@ -92,7 +92,7 @@ class Reader:
         return Loaded(good, good * size, seconds, carrier, failure)
 
     async def _read(self, stored: Stored, slots: Sequence[int], deadline_s: float) -> tuple[list[PartStatus], str]:
-        transport = await self._transports.transport(stored.endpoint)
+        transport = self._transports.transport(stored.endpoint)
         size = self._stage.bytes_per_slot
         until = time.monotonic() + deadline_s
         gate = asyncio.Semaphore(READS_IN_FLIGHT)

@@ -23,12 +23,12 @@ from prometheus_client import start_http_server
 from common import rpc, tracing
 from common.logs import Log
 from common.membership import Announcer, MemberLoad, MemberRecord
-from common.pb import bytes_pb2_grpc
 from common.pb import worker_pb2 as pb
 from common.settings import shown
-from common.transport.client import TransportPool
 from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Endpoint
+from common.transport.pool import TransportPool
+from common.transport.reception import Reception
 from common.transport.server import serve_bytes
 from common.wire import endpoint_to_pb
 from services.worker.engine.engine import Engine
@@ -85,7 +85,7 @@ class Node:
         self.engine = EngineLoop(engine, self._on_step, name=f"{role}-engine")
         machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         slots = stage_slots(model.layout, self.context_tokens, machine_bytes, settings.stage_bytes, SEND_SLOTS)
-        self.stage = Stage(model.layout.bytes_per_block, slots)
+        self.stage = Stage(slots, model.layout.bytes_per_block)
         self.send_slots = SlotPool(self.stage.reserve(SEND_SLOTS))
         self.transports = TransportPool(self.stage.region, prefer=settings.transport)
         self.stores = KvStores()
@@ -214,19 +214,27 @@ def _load(settings: WorkerSettings) -> LoadedModel:
 
 async def _listen(node: Node, worker: Role, stack: AsyncExitStack) -> rpc.Server:
     settings = node.settings
-    shm_path = str(Path(settings.run_dir) / f"{node.id}.sock") if settings.run_dir else None
-    bytes_server = await serve_bytes(node.stage, tcp=(settings.host, settings.bytes_port), shm_path=shm_path)
+    shm_path = Path(settings.run_dir) / f"{node.id}.sock" if settings.run_dir else None
+    reception = Reception(node.stage, None)
+    by_grpc = BytesServicer(node.stage, reception=reception)
+    bytes_server = await serve_bytes(
+        node.stage,
+        tcp=(settings.host, settings.bytes_port),
+        shm_path=shm_path,
+        advertise_host=settings.advertise_host,
+        reception=reception,
+    )
     stack.push_async_callback(bytes_server.close)
 
     def register(server: grpc.aio.Server) -> None:
         worker.register(server)
-        bytes_pb2_grpc.add_BytesServicer_to_server(BytesServicer(node.stage), server)
+        by_grpc.add_to(server)
 
     name = f"penstock.worker.v1.{node.role.capitalize()}"
     server = await rpc.serve(settings.host, settings.port, [name, "penstock.bytes.v1.Bytes"], register)
     stack.push_async_callback(server.stop, 0)
     node.address = _address(settings, server.address)
-    node.endpoint = Endpoint(bytes_server.endpoint.shm, _address(settings, bytes_server.endpoint.tcp), node.address)
+    node.endpoint = Endpoint(bytes_server.endpoint.shm, bytes_server.endpoint.tcp, node.address)
     return server
 
 
@@ -243,7 +251,7 @@ async def _until(stop: asyncio.Event, node: Node) -> None:
             async with asyncio.timeout(1.0):
                 await stop.wait()
         except TimeoutError:
-            node.stage.expire()
+            node.stage.sweep()
             if node.engine.failure is not None:
                 raise node.engine.failure from None
             if node.engine.stalled_s() > STALLED_S:

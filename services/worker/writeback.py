@@ -19,8 +19,8 @@ from common.blocks import BlockKey, ChainRoot, Namespace, extend_keys
 from common.clients.kvstore import Admission, BlockMeta
 from common.errors import PenstockError
 from common.logs import Log
-from common.transport.client import TransportPool
 from common.transport.interface import Part, PartStatus
+from common.transport.pool import TransportPool
 from services.worker.engine.loop import EngineLoop
 from services.worker.loading import KvStores
 from services.worker.slots import SlotPool
@@ -192,7 +192,7 @@ class Writer:
         async with self._slots.lend(len(wanted)) as slots:
             copies = [(first + i, self._stage.view(slot)) for i, slot in zip(wanted, slots, strict=True)]
             await self._engine.call(lambda engine: [engine.export(chain.sequence_id, b, b + 1, [view]) for b, view in copies])
-            transport = await self._transports.transport(reservation.endpoint)
+            transport = self._transports.transport(reservation.endpoint)
             parts = [Part(i, 0, size) for i in wanted]
             spans = [self._stage.span(slot) for slot in slots]
             try:
