@@ -1,0 +1,336 @@
+"""The client's side of one connection: a `Transport`.
+
+Life of a request:
+1. It waits for its place within the bounds that the server's WELCOME announced.
+2. The sending task puts its frame on the wire; the receiving task brings its reply, the payload
+   going straight into the caller's spans, and checks every part's CRC-32C.
+3. It is settled when the reply is complete, or the connection has ended: then no byte can land in
+   its spans any more, and its place is free.
+
+A caller that stops waiting (deadline, cancellation) before that takes its spans back:
+- Mode INLINE: the views are released on the spot. What still comes for them is dropped, what was still
+  to be sent from them goes out as zeros, whose checksum doesn't match. The connection stays in use.
+- Mode REGION, read: the server may be writing into our memory. It is told to CANCEL and the caller
+  waits until it has answered (a matter of its disk). Only a hung server makes that last longer than
+  SETTLE_S: then the spans are held by the region until the server answers or its end-of-stream comes,
+  which a server sends only when it has let go of our memory, and a killed one when its memory is gone.
+
+A request that gets nothing at all from the peer until its deadline ends an inline connection, so that
+the next one starts afresh; other requests' slowness never does.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+from common.errors import TransferFailed
+from common.transport.budget import Budget
+from common.transport.conversation import Listener
+from common.transport.counters import Counters
+from common.transport.frames import (
+    DEADLINE_MS_MAX,
+    REQUEST_BYTES_MAX,
+    Cancel,
+    Goodbye,
+    Mode,
+    Op,
+    ProtocolError,
+    Reply,
+    Transfer,
+    Welcome,
+    encode,
+)
+from common.transport.interface import PARTS_MAX, LeaseToken, Part, PartStatus, Span
+from common.transport.memory import crc32c_off_loop
+from common.transport.region import Region
+from common.transport.streams import Bytes, ByteStream, discard, next_event
+
+log = logging.getLogger(__name__)
+SETTLE_S = 1.0
+BODY_S = 10.0
+BATCH_BYTES = 8 << 20  # a larger transfer is split, so that disk, wire and checks overlap
+
+
+class Connection:
+    """One carrier to one peer. Made by `client.connect`; `close` it."""
+
+    def __init__(self, carrier: str, mode: Mode, stream: ByteStream, listener: Listener, welcome: Welcome, region: Region) -> None:
+        self.carrier = carrier
+        self.epoch = welcome.epoch
+        self.counters = Counters()
+        self._mode, self._stream, self._listener, self._region = mode, stream, listener, region
+        self._budget = Budget(welcome.requests_max, welcome.bytes_max)
+        self._pending: dict[int, _Pending] = {}
+        self._numbers = 0
+        self._outbox: deque[tuple[list[Bytes], _Pending | None]] = deque()
+        self._outbox_filled = asyncio.Event()
+        self._ended = ""  # why no more requests are taken
+        self._running = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new request would be tried."""
+        return not self._ended
+
+    @property
+    def in_flight_bytes(self) -> int:
+        return self._budget.bytes
+
+    async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+        return await self._transfer(Op.READ, token, parts, into, deadline_s)
+
+    async def write(self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+        return await self._transfer(Op.WRITE, token, parts, source, deadline_s)
+
+    async def close(self) -> None:
+        """Ends the connection; requests in flight end as FAILED. Idempotent."""
+        self._end("the transport was closed")
+        if self._mode is Mode.REGION:  # the server lets go of our memory first
+            self._stream.finish()
+            await asyncio.wait([self._running], timeout=SETTLE_S)
+        self._stream.abort()
+        await asyncio.wait([self._running])
+
+    def __repr__(self) -> str:
+        return f"Connection({self.carrier}, {self._ended or 'open'}, in_flight={sorted(self._pending)}, {self._budget})"
+
+    # Requests
+
+    async def _transfer(self, op: Op, token: LeaseToken, parts: Sequence[Part], spans: Sequence[Span], deadline_s: float) -> list[PartStatus]:
+        assert [part.length for part in parts] == [span.length for span in spans], "parts and spans differ in length"
+        deadline = asyncio.get_running_loop().time() + deadline_s
+        views = [self._region.view(span) for span in spans]
+        statuses, batches = self._plan(op, parts, spans)
+        flow = self.counters.read if op is Op.READ else self.counters.write
+
+        async def run(batch: list[int]) -> None:
+            columns = [parts[i] for i in batch], [spans[i] for i in batch], [views[i] for i in batch]
+            for index, status in zip(batch, await self._request(op, token, *columns, deadline), strict=True):
+                statuses[index] = status
+
+        with flow.transfer():
+            async with asyncio.TaskGroup() as group:
+                for batch in batches:
+                    group.create_task(run(batch))
+        flow.count(statuses, [part.length for part in parts])
+        return statuses
+
+    def _plan(self, op: Op, parts: Sequence[Part], spans: Sequence[Span]) -> tuple[list[PartStatus], list[list[int]]]:
+        """What is decided without the peer, and the batches of part numbers that go to it."""
+        statuses = [PartStatus.OK] * len(parts)
+        batches: list[list[int]] = []
+        room = 0
+        for index, part in enumerate(parts):
+            if part.length > REQUEST_BYTES_MAX:
+                statuses[index] = PartStatus.REJECTED
+            elif op is Op.READ and self._region.held(spans[index]):
+                statuses[index] = PartStatus.FULL
+            elif part.length:
+                if not batches or part.length > room or len(batches[-1]) == PARTS_MAX:
+                    batches.append([])
+                    room = BATCH_BYTES
+                batches[-1].append(index)
+                room -= part.length
+        return statuses, batches
+
+    async def _request(
+        self, op: Op, token: LeaseToken, parts: list[Part], spans: list[Span], views: list[memoryview], deadline: float
+    ) -> list[PartStatus]:
+        size = sum(part.length for part in parts)
+        pending: _Pending | None = None
+        received = self._stream.received_bytes
+        try:
+            async with asyncio.timeout_at(deadline):
+                if op is Op.WRITE:
+                    checksums = [await crc32c_off_loop(view) for view in views]
+                else:
+                    checksums = [0] * len(parts)
+                await self._budget.acquire(size)
+                pending = self._submit(op, token, parts, spans, views, checksums, deadline, size)
+                return await asyncio.shield(pending.outcome)
+        except TimeoutError:
+            await self._take_back(pending)
+            if self._mode is Mode.INLINE and received == self._stream.received_bytes:
+                self._end("the peer didn't answer")
+                self._stream.abort()
+            return [PartStatus.EXPIRED] * len(parts)
+        except asyncio.CancelledError:
+            await self._take_back(pending)
+            raise
+        except TransferFailed:
+            return [PartStatus.FAILED] * len(parts)
+
+    def _submit(
+        self,
+        op: Op,
+        token: LeaseToken,
+        parts: list[Part],
+        spans: list[Span],
+        views: list[memoryview],
+        checksums: list[int],
+        deadline: float,
+        size: int,
+    ) -> "_Pending":
+        """Puts the request into the outbox. From here on, its place is given back by `_settle`."""
+        if self._ended:
+            self._budget.release(size)
+            raise TransferFailed(self._ended)
+        self._numbers += 1
+        offsets = [span.offset for span in spans] if self._mode is Mode.REGION else [0] * len(parts)
+        left_ms = int(1000 * (deadline - asyncio.get_running_loop().time()))
+        event = Transfer(
+            op=op,
+            request=self._numbers,
+            token=token,
+            deadline_ms=max(1, min(left_ms, DEADLINE_MS_MAX)),
+            parts=tuple(parts),
+            checksums=tuple(checksums),
+            spans=tuple(offsets),
+        )
+        pending = _Pending(event, spans, views, size)
+        self._pending[event.request] = pending
+        payload: list[Bytes] = list(views) if op is Op.WRITE and self._mode is Mode.INLINE else []
+        self._post([encode(event, size if payload else 0), *payload], pending)
+        return pending
+
+    def _post(self, pieces: list[Bytes], pending: "_Pending | None") -> None:
+        self._outbox.append((pieces, pending))
+        self._outbox_filled.set()
+
+    async def _take_back(self, pending: "_Pending | None") -> None:
+        """The caller stops waiting: its spans are its own again when this returns (see the module's text)."""
+        if pending is None or pending.settled.done():
+            return
+        pending.abandoned = True
+        unsent = [entry for entry in self._outbox if entry[1] is pending]
+        if unsent:
+            self._outbox.remove(unsent[0])
+            self._settle(pending)
+            return
+        self._post([encode(Cancel(pending.event.request))], None)
+        if self._mode is Mode.INLINE:
+            for view in pending.views:
+                with suppress(BufferError):  # complete, its checksum being computed in a thread
+                    view.release()
+        elif pending.event.op is Op.READ:
+            try:
+                await asyncio.wait([pending.settled], timeout=SETTLE_S)
+            finally:
+                if not pending.settled.done():
+                    self._hold(pending)
+
+    def _hold(self, pending: "_Pending") -> None:
+        log.warning("byte plane: a peer on this host doesn't answer; %d spans stay held", len(pending.spans))
+        for span in pending.spans:
+            self._region.hold(span)
+        pending.held = True
+
+    def _settle(self, pending: "_Pending", statuses: list[PartStatus] | None = None) -> None:
+        """No byte will land in the request's spans any more."""
+        del self._pending[pending.event.request]
+        self._budget.release(pending.size)
+        if pending.held:
+            for span in pending.spans:
+                self._region.unhold(span)
+        pending.settled.set_result(None)
+        pending.outcome.set_result(statuses or [PartStatus.FAILED] * len(pending.spans))
+
+    # The two tasks
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._send_all())
+                await self._receive_all()
+        except* (TransferFailed, ProtocolError, TimeoutError) as errors:
+            self._end(str(errors.exceptions[0]))
+        except* Exception:
+            log.exception("byte plane: a connection failed")
+            self._end("internal error")
+        finally:
+            await self._hear_out()
+            await self._stream.close()
+            for pending in list(self._pending.values()):
+                self._settle(pending)
+
+    async def _hear_out(self) -> None:
+        """Mode REGION: waits for the server's end-of-stream; without it, our memory stays held for good."""
+        if self._mode is Mode.INLINE:
+            return
+        self._stream.finish()
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                while not self._stream.ended:
+                    await discard(self._stream, 1)
+        except (TransferFailed, TimeoutError):
+            pass
+        if not self._stream.ended:
+            for pending in self._pending.values():
+                if pending.event.op is Op.READ and not pending.held:
+                    self._hold(pending)
+                pending.held = False
+
+    def _end(self, reason: str) -> None:
+        self._ended = self._ended or reason
+
+    async def _send_all(self) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            while self._outbox:
+                pieces, _ = self._outbox.popleft()
+                await self._stream.send(pieces)
+            self._outbox_filled.clear()
+
+    async def _receive_all(self) -> None:
+        while True:
+            event = await next_event(self._stream, self._listener, body_s=BODY_S)
+            match event:
+                case Reply():
+                    await self._receive_reply(event)
+                case Goodbye(reason, text):
+                    self._end(f"the peer said goodbye: {reason.name}: {text}")
+            await asyncio.sleep(0)
+
+    async def _receive_reply(self, reply: Reply) -> None:
+        pending = self._pending.get(reply.request)
+        if pending is None:
+            raise ProtocolError(f"reply to request {reply.request}: expected one in flight")
+        _check_reply(reply, pending.event, self._mode)
+        statuses = list(reply.statuses)
+        if pending.event.op is Op.READ:
+            for index, view in enumerate(pending.views):
+                if statuses[index] is PartStatus.OK:
+                    length = pending.spans[index].length
+                    statuses[index] = await self._receive_part(pending, view, length, reply.checksums[index])
+        self._settle(pending, statuses)
+
+    async def _receive_part(self, pending: "_Pending", view: memoryview, length: int, checksum: int) -> PartStatus:
+        if self._mode is Mode.INLINE and not await self._stream.receive(view, length):
+            return PartStatus.FAILED
+        if pending.abandoned:
+            return PartStatus.FAILED
+        return PartStatus.OK if await crc32c_off_loop(view) == checksum else PartStatus.CORRUPT
+
+
+class _Pending:
+    """A request between its submission and its settlement."""
+
+    def __init__(self, event: Transfer, spans: list[Span], views: list[memoryview], size: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.event, self.spans, self.views, self.size = event, spans, views, size
+        self.outcome: asyncio.Future[list[PartStatus]] = loop.create_future()
+        self.settled: asyncio.Future[None] = loop.create_future()
+        self.abandoned = False
+        self.held = False
+
+
+def _check_reply(reply: Reply, request: Transfer, mode: Mode) -> None:
+    if len(reply.statuses) != len(request.parts):
+        raise ProtocolError(f"reply of {len(reply.statuses)} parts: expected {len(request.parts)}")
+    payload = 0
+    if mode is Mode.INLINE and request.op is Op.READ:
+        payload = sum(part.length for part, status in zip(request.parts, reply.statuses, strict=True) if status is PartStatus.OK)
+    if reply.payload_bytes != payload:
+        raise ProtocolError(f"reply with {reply.payload_bytes} payload bytes: expected {payload}")
