@@ -1,9 +1,9 @@
 """The outside of a service process: settings errors, event loop, signals.
 
-1. `run(service, main)` installs uvloop and runs `main(stop)`.
+1. `start` reads the settings, sets up the log, and runs `serve(settings, stop)` on uvloop.
 2. The first SIGTERM or SIGINT sets `stop`: the service drains and returns.
 3. The second one ends the process at once (exit status 130).
-4. A `PenstockError` out of `main` is logged as one line and gives exit status 1 (2 for settings).
+4. A `PenstockError` out of `serve` is logged as one line and gives exit status 1 (2 for settings).
 5. With PENSTOCK_UP_PARENT set (the launcher does), the process ends when that parent does, however
    it does: the kernel sends SIGTERM (PR_SET_PDEATHSIG), so no orphan outlives a killed launcher.
    The signal follows the parent's *thread* that spawned us: launch from the main thread.
@@ -15,16 +15,38 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import uvloop
 
+from common import logs, settings
 from common.errors import PenstockError, SettingsError
 from common.logs import Log
 
 log = Log("process")
+S = TypeVar("S", bound=msgspec.Struct)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PARENT_VARIABLE = "PENSTOCK_UP_PARENT"
+
+
+def start(
+    section: str, kind: type[S], about: str, serve: Callable[[S, asyncio.Event], Coroutine[Any, Any, None]]
+) -> int:  # fmt: skip
+    """The whole of a service's `__main__`: its exit status.
+
+    Args:
+        section: the service's name and its table in the settings file.
+        kind: its settings; they have `log_level` and `log_format`.
+        about: one sentence for `--help`.
+    """
+    try:
+        chosen = settings.load(kind, section, sys.argv[1:], about=about)
+    except SettingsError as error:
+        print(f"{section}: {error.message}", file=sys.stderr)  # noqa: T201
+        return 2
+    logs.setup(section, getattr(chosen, "log_level", "info"), getattr(chosen, "log_format", "json"))
+    return run(lambda stop: serve(chosen, stop))
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:

@@ -171,14 +171,13 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
         worker = make(node)
         node.listener = worker.on_step
         server = await _listen(node, worker, stack)
-        if settings.metrics_port is not None:
+        if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.host)
-        announcer = Announcer(settings.nats, lambda: node.info())
+        announcer = Announcer(settings.nats, node.record)
+        announcing = asyncio.create_task(announcer.run())
+        stack.callback(announcing.cancel)
         await server.set_serving(True)
-        await stack.enter_async_context(announcer)
-        log.event(
-            "ready", role=role, id=node.id, grpc=_address(settings, server.address), endpoint=msgspec.to_builtins(node.endpoint)
-        )
+        log.event("ready", role=role, id=node.id, grpc=node.address, endpoint=msgspec.to_builtins(node.endpoint))
         await _until(stop, node)
         node.draining = True
         await server.set_serving(False)
