@@ -1,0 +1,215 @@
+"""The engine's thread: commands go in at any time, one result per step comes out on the event loop."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from common.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from services.worker.engine.engine import Engine
+from services.worker.engine.loop import EngineLoop
+from services.worker.engine.types import LoadedKv, StepResult
+from tests.worker.conftest import make_prompt
+from tests.worker.engine.drive import Outcome, collect, greedy, make_engine, new
+
+DEADLINE_S = 30
+
+
+class Runner:
+    """A running loop and what has come out of it so far."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        self.results: list[StepResult] = []
+        self.loop = EngineLoop(engine, self._on_step)
+        self._changed = asyncio.Condition()
+        self._event_thread = threading.get_ident()
+
+    def _on_step(self, result: StepResult) -> None:
+        assert threading.get_ident() == self._event_thread
+        self.results.append(result)
+        collect(result, self.outcomes)
+
+    async def until(self, condition: Any) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def finished(self, *names: str) -> None:
+        await self.until(lambda: all(name in self.outcomes and self.outcomes[name].finish for name in names))
+
+
+@pytest.fixture
+async def runner(llama) -> AsyncIterator[Runner]:
+    runner = Runner(make_engine(llama.loaded, sequences_max=4, waiting_max=2))
+    runner.loop.start()
+    yield runner
+    await runner.loop.stop()
+    assert not runner.loop.alive and runner.loop.failure is None
+
+
+async def test_sequences_added_at_any_time_give_the_oracles_tokens(runner: Runner, llama) -> None:
+    runner.loop.add(new("a", make_prompt(30), greedy(20)))
+    await runner.until(lambda: "a" in runner.outcomes)
+    runner.loop.add(new("b", make_prompt(17), greedy(20)))
+    await runner.finished("a", "b")
+    assert runner.outcomes["a"].ids == llama.generate(make_prompt(30), 20)[0]
+    assert runner.outcomes["b"].ids == llama.generate(make_prompt(17), 20)[0]
+    assert runner.loop.load.running == 0
+    await runner.until(lambda: runner.loop.stalled_s() == 0)
+    await runner.loop.call(Engine.check_integrity)
+
+
+async def test_a_cancelled_sequence_is_reported_and_the_thread_sleeps_again(runner: Runner) -> None:
+    runner.loop.add(new("long", make_prompt(30), greedy(900, ignore_eos=True)))
+    await runner.until(lambda: "long" in runner.outcomes)
+    runner.loop.cancel("long")
+    await runner.finished("long")
+    assert runner.outcomes["long"].finish == "cancelled"
+    await runner.until(lambda: runner.loop.stalled_s() == 0)
+
+
+async def test_refusals_are_raised_at_once_and_give_the_buffers_back(runner: Runner) -> None:
+    copied: list[int] = []
+    with pytest.raises(InvalidRequest):
+        runner.loop.add(new("bad", [], greedy(5), kv=LoadedKv(0, [], lambda: copied.append(1))))
+    assert copied == [1]
+    blocker = threading.Event()
+    stuck = asyncio.create_task(runner.loop.call(lambda engine: blocker.wait(DEADLINE_S)))
+    await runner.until(lambda: runner.loop.stalled_s() > 0)
+    for index in range(6):
+        runner.loop.add(new(f"s{index}", make_prompt(5), greedy(2)))
+    with pytest.raises(Overloaded) as caught:
+        runner.loop.add(new("s6", make_prompt(5), greedy(2), kv=LoadedKv(0, [], lambda: copied.append(1))))
+    assert caught.value.retry_after_s and copied == [1, 1]
+    assert runner.loop.stalled_s() > 0  # a stuck engine can be seen
+    blocker.set()
+    await stuck
+    await runner.finished(*(f"s{index}" for index in range(6)))
+
+
+async def test_an_id_in_use_is_reported_as_an_error_of_the_second(runner: Runner) -> None:
+    runner.loop.add(new("same", make_prompt(20), greedy(1), hold=True))
+    await runner.finished("same")
+    del runner.outcomes["same"]
+    runner.loop.add(new("same", make_prompt(20), greedy(1)))
+    await runner.finished("same")
+    assert isinstance(runner.outcomes["same"].error, InvalidRequest)
+
+
+async def test_call_returns_and_raises_what_the_function_does(runner: Runner) -> None:
+    assert await runner.loop.call(lambda engine: engine.layout.layers) == 2
+    assert await runner.loop.call(lambda engine: threading.current_thread().name) == "engine"
+    with pytest.raises(ZeroDivisionError):
+        await runner.loop.call(lambda engine: 1 // 0)
+
+
+async def test_a_cancelled_call_never_runs_later(runner: Runner) -> None:
+    blocker, ran = threading.Event(), []
+    first = asyncio.create_task(runner.loop.call(lambda engine: blocker.wait(DEADLINE_S)))
+    await runner.until(lambda: runner.loop.stalled_s() > 0)
+    second = asyncio.create_task(runner.loop.call(lambda engine: ran.append(1)))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    first.cancel()  # runs already: the cancellation waits for its end
+    await asyncio.sleep(0)
+    assert not first.done()
+    blocker.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await runner.loop.call(lambda engine: None)
+    assert not ran
+
+
+async def test_full_blocks_are_exported_and_read_in_place_while_the_engine_steps(runner: Runner) -> None:
+    runner.loop.add(new("a", make_prompt(40), greedy(100, ignore_eos=True), hold=True))
+    await runner.until(lambda: "a" in runner.outcomes)
+    span = await runner.loop.retain("a", 0, 2)
+    copies = [memoryview(bytearray(runner.loop.engine.layout.bytes_per_block)) for _ in range(2)]
+    await runner.loop.export("a", 0, 2, copies)
+    views = runner.loop.records(span)
+    assert views is not None and [bytes(view) for view in views] == [bytes(copy) for copy in copies]
+    await runner.finished("a")
+    runner.loop.release("a")
+    assert [bytes(view) for view in views] == [bytes(copy) for copy in copies]
+    runner.loop.release_span(span)
+    with pytest.raises(NotFound):
+        await runner.loop.export("a", 0, 1, copies[:1])
+    load = (await runner.loop.call(lambda engine: engine.load))
+    assert load.pool_blocks_free == load.pool_blocks_total
+
+
+async def test_stopping_ends_what_runs_and_refuses_what_comes(llama) -> None:
+    runner, copied = Runner(make_engine(llama.loaded, sequences_max=1)), []
+    runner.loop.start()
+    runner.loop.add(new("runs", make_prompt(20), greedy(900, ignore_eos=True)))
+    runner.loop.add(new("waits", make_prompt(20), greedy(5), kv=LoadedKv(0, [], lambda: copied.append(1))))
+    await runner.until(lambda: "runs" in runner.outcomes)
+    await runner.loop.stop()
+    await runner.finished("runs", "waits")
+    assert all(isinstance(outcome.error, Unavailable) for outcome in runner.outcomes.values())
+    assert copied == [1]
+    with pytest.raises(Unavailable):
+        runner.loop.add(new("late", make_prompt(5), greedy(2)))
+    with pytest.raises(Unavailable):
+        await runner.loop.call(lambda engine: None)
+    runner.loop.cancel("runs")
+    runner.loop.release("runs")
+    await runner.loop.stop()
+
+
+async def test_a_loop_that_never_started_stops_quietly(llama) -> None:
+    await EngineLoop(make_engine(llama.loaded), lambda result: None).stop()
+
+
+async def test_a_step_that_raises_ends_its_sequences_and_the_loop_goes_on(runner: Runner, monkeypatch) -> None:
+    engine, step = runner.loop.engine, runner.loop.engine.step
+
+    def broken_once() -> StepResult:
+        monkeypatch.setattr(engine, "step", step)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine, "step", broken_once)
+    runner.loop.add(new("a", make_prompt(20), greedy(5)))
+    await runner.finished("a")
+    assert "a bug" in str(runner.outcomes["a"].error) and runner.loop.alive
+    runner.loop.add(new("b", make_prompt(20), greedy(5)))
+    await runner.finished("b")
+    assert runner.outcomes["b"].finish in ("length", "stop")
+
+
+async def test_a_thread_that_dies_says_why_and_leaves_no_sequence_without_an_end(llama, monkeypatch) -> None:
+    runner = Runner(make_engine(llama.loaded))
+
+    def broken() -> StepResult:
+        raise RuntimeError("for good")
+
+    monkeypatch.setattr(runner.loop.engine, "step", broken)
+    runner.loop.start()
+    runner.loop.add(new("a", make_prompt(20), greedy(5)))
+    await runner.finished("a")
+    assert "for good" in str(runner.outcomes["a"].error)
+    assert isinstance(runner.loop.failure, RuntimeError) and not runner.loop.alive
+    await runner.loop.stop()
+
+
+async def test_an_event_loop_that_does_not_keep_up_slows_the_engine(llama) -> None:
+    runner = Runner(make_engine(llama.loaded))
+    runner.loop.start()
+    runner.loop.add(new("a", make_prompt(5), greedy(1000, ignore_eos=True)))
+    await runner.until(lambda: "a" in runner.outcomes)
+    before = len(runner.results)
+    ready = threading.Event()
+    # Hold the event loop until the engine has stopped making results.
+    waiting = runner.loop._results
+    while waiting.acquire(blocking=False):
+        waiting.release()
+        ready.wait(0.001)
+    assert len(runner.results) == before
+    await runner.finished("a")
+    assert len(runner.outcomes["a"].ids) == 1000
+    await runner.loop.stop()
