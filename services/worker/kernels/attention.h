@@ -27,6 +27,7 @@ typedef struct {
 
 enum {
     CHUNK = 256,     // keys of a decode task
+    RUN = 16,        // keys of a decode step within a chunk
     KEY_TILE = 128,  // keys of a prefill tile
     ROW_TILE = 96,   // query rows of a prefill tile, about
     HEADS_AT_ONCE = 3,
@@ -72,13 +73,15 @@ INLINE void score_keys(const int kind, const int heads, const float *q, long pad
 
 INLINE void score_group(const int kind, long group, const float *q, long padded, long dim, const void *k, long token_stride,
                         long tokens, float *scores) {
-    for (long g = 0; g < group; g += HEADS_AT_ONCE) {
-        const float *rows = q + g * padded;
-        float *to = scores + g * CHUNK;
-        switch (min_l(HEADS_AT_ONCE, group - g)) {
+    long passes = ceil_div(group, HEADS_AT_ONCE);
+    for (long pass = 0; pass < passes; pass++) {
+        long first = group * pass / passes;
+        const float *rows = q + first * padded;
+        float *to = scores + first * CHUNK;
+        switch (group * (pass + 1) / passes - first) {
             case 1: score_keys(kind, 1, rows, padded, dim, k, token_stride, tokens, to); break;
             case 2: score_keys(kind, 2, rows, padded, dim, k, token_stride, tokens, to); break;
-            default: score_keys(kind, 3, rows, padded, dim, k, token_stride, tokens, to);
+            case 3: score_keys(kind, 3, rows, padded, dim, k, token_stride, tokens, to); break;
         }
     }
 }
@@ -99,16 +102,32 @@ INLINE void add_values(const int kind, long group, const float *weights, const v
     }
 }
 
+// Keys handled together from t on: they lie in one block, and are few enough for all heads' rows to stay in L1.
+INLINE long run_length(const Attention *a, long t, long last) {
+    return min_l(RUN, min_l(a->block_tokens - t % a->block_tokens, last - t));
+}
+
+// Asks for one KV head's rows of the next run: rows of several heads lie interleaved, which hardware does not foresee.
+INLINE void fetch_rows(const int kind, const Attention *a, const void *pages, const int32_t *blocks, long t, long last, long kv_head) {
+    if (t >= last) return;
+    const char *row = at(pages, kind, key_offset(a, blocks, t, kv_head));
+    long stride = a->token_stride * bytes_of(kind), size = a->head_dim * bytes_of(kind);
+    for (long n = run_length(a, t, last); n > 0; n--, row += stride)
+        for (long byte = 0; byte < size; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+}
+
 // Keys [first, last) of one sequence, at most CHUNK, for all heads. tops, totals [q_heads]; sums [q_heads, padded].
 INLINE void decode_chunk(const int kind, const Attention *a, const int32_t *blocks, const float *q, long first, long last,
                          float *tops, float *totals, float *sums) {
     long padded = pad_group(a->head_dim), group = a->q_heads / a->kv_heads, tokens = last - first;
     float *scores = scratch(1, a->q_heads * CHUNK);
     for (long t = first, count; t < last; t += count) {
-        count = min_l(a->block_tokens - t % a->block_tokens, last - t);
-        for (long h = 0; h < a->kv_heads; h++)
+        count = run_length(a, t, last);
+        for (long h = 0; h < a->kv_heads; h++) {
+            fetch_rows(kind, a, a->k, blocks, t + count, last, h);
             score_group(kind, group, q + h * group * padded, padded, a->head_dim, at(a->k, kind, key_offset(a, blocks, t, h)),
                         a->token_stride, count, scores + h * group * CHUNK + (t - first));
+        }
     }
     for (long h = 0; h < a->q_heads; h++) {
         float *row = scores + h * CHUNK;
@@ -120,10 +139,12 @@ INLINE void decode_chunk(const int kind, const Attention *a, const int32_t *bloc
     }
     memset(sums, 0, (size_t)(a->q_heads * padded) * sizeof(float));
     for (long t = first, count; t < last; t += count) {
-        count = min_l(a->block_tokens - t % a->block_tokens, last - t);
-        for (long h = 0; h < a->kv_heads; h++)
+        count = run_length(a, t, last);
+        for (long h = 0; h < a->kv_heads; h++) {
+            fetch_rows(kind, a, a->v, blocks, t + count, last, h);
             add_values(kind, group, scores + h * group * CHUNK + (t - first), at(a->v, kind, key_offset(a, blocks, t, h)),
                        a->token_stride, count, a->head_dim, padded, sums + h * group * padded);
+        }
     }
 }
 

@@ -111,13 +111,33 @@ INLINE float sum_lanes(vf v) {
 #endif
 }
 
+// Four sums at once, each added up in the order of sum_lanes.
+INLINE void sum_lanes4(const vf *v, float *out) {
+#ifdef __AVX2__
+    __m128 s[4];
+    UNROLL for (int i = 0; i < 4; i++)
+        s[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)v[i]), _mm256_extractf128_ps((__m256)v[i], 1));
+    __m128 a = _mm_add_ps(_mm_movelh_ps(s[0], s[1]), _mm_movehl_ps(s[1], s[0]));  // 0+2, 1+3 of the first two
+    __m128 b = _mm_add_ps(_mm_movelh_ps(s[2], s[3]), _mm_movehl_ps(s[3], s[2]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xdd)));
+#else
+    UNROLL for (int i = 0; i < 4; i++) out[i] = sum_lanes(v[i]);
+#endif
+}
+
 INLINE float max_lanes(vf v) {
     float top = v[0];
     UNROLL for (int i = 1; i < VL; i++) top = v[i] > top ? v[i] : top;
     return top;
 }
 
-INLINE vf max_v(vf a, vf b) { return (vf)(((vi)(a > b) & (vi)a) | (~(vi)(a > b) & (vi)b)); }
+INLINE vf max_v(vf a, vf b) {
+#ifdef __AVX2__
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return (vf)(((vi)(a > b) & (vi)a) | (~(vi)(a > b) & (vi)b));
+#endif
+}
 
 // e^x to about 1 ulp for x in [-87, 88], by 2^n * poly(r) as in Cephes; smaller x give 0.
 INLINE vf exp_v(vf x) {
@@ -174,7 +194,11 @@ INLINE void dot_tile(const int kind, const int mr, const int nr, long n, const f
             }
         }
     }
-    UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < nr; j++) out[i * ldo + j] = sum_lanes(sum[i * nr + j]);
+    UNROLL for (int i = 0; i < mr; i++) {
+        int j = 0;
+        UNROLL for (; j + 4 <= nr; j += 4) sum_lanes4(sum + i * nr + j, out + i * ldo + j);
+        UNROLL for (; j < nr; j++) out[i * ldo + j] = sum_lanes(sum[i * nr + j]);
+    }
 }
 
 // c[i][0:16] (+)= sum over t of a[i][t] * b[t][0:16], for mr rows; b is float32 or pages of `kind`, row stride ldb.
