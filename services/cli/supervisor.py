@@ -191,10 +191,12 @@ class Supervisor:
             record = read_line(line)
             service.addresses |= {key: str(record.fields[key]) for key in ("grpc", "http", "nats") if key in record.fields}
             if record.event == "ready":
+                news = service.state != "ready"
                 service.on("ready")
                 service.stage = "ready"
                 service.ready.set()
-                self._on_change(service)
+                if news:
+                    self._on_change(service)
             elif record.event and service.state == "starting":
                 service.stage = _stage(record)
                 self._on_change(service)
@@ -236,7 +238,7 @@ def _start_failed(service: Service, returncode: int) -> StartFailed:
 
 
 def _stage(record: Record) -> str:
-    """What a starting service does, for people: the event, and how far it is where it says so."""
+    """What a starting service does, for people: the event, how far it is, what it waits for."""
     words = record.event.replace("_", " ")
-    percent = record.fields.get("percent")
-    return f"{words} {percent:.0f} %" if isinstance(percent, int | float) else words
+    percent, reason = record.fields.get("percent"), record.fields.get("reason")
+    return f"{words} {percent:.0f} %" if isinstance(percent, int | float) else f"{words}: {reason}" if reason else words
