@@ -167,8 +167,12 @@ class Launch:
         return "; ".join(filter(None, [*late, self._why_not])) or "nothing has started"
 
     def _on_record(self, service: Service, record: Record) -> None:
-        if self._ready and service.spec.kind == "router" and record.event == served.EVENT:
+        if not self._ready or service.spec.kind != "router":
+            return
+        if record.event == served.EVENT:
             self._show(served.line(record, time.strftime("%H:%M:%S")))
+        elif record.event == "not_ready" and not self._ending:
+            self._show(Note(f"{service.spec.name}: not ready: {record.fields.get('reason', '')}", bad=True))
 
     def _on_change(self, service: Service) -> None:
         self._save()

@@ -103,7 +103,7 @@ def reason_in(path: Path, since: int = 0) -> str | None:
         if "reason" in record.fields and record.level == "error":
             return str(record.fields["reason"])
         if not record.event and _LAST_OF_TRACEBACK.match(line):
-            return line.strip()
+            return line.strip().removeprefix("common.errors.")
     return None
 
 

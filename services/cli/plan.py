@@ -58,7 +58,7 @@ def nats(binary: str, layout: Layout, environ: Mapping[str, str]) -> Spec:
 
 def services(settings: UpSettings, model: Path, layout: Layout, nats_url: str, environ: Mapping[str, str]) -> list[Spec]:
     """Everything but NATS. All of it may start at once: members find each other over NATS."""
-    common = ["--nats", nats_url, *_set(settings, "otlp_endpoint", "log_level")]
+    common = ["--nats", nats_url, "--log-format", "json", *_set(settings, "otlp_endpoint", "log_level")]
     worker = [*common, "--host", "127.0.0.1", "--port", "0", "--model", str(model), "--run-dir", str(layout.run)]
     worker += _set(settings, "dtype", "block_tokens", "context_tokens", "device", "threads", "transport")
     store = [*common, "--host", "127.0.0.1", "--port", "0", "--run-dir", str(layout.run)]

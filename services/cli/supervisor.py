@@ -136,7 +136,7 @@ class Supervisor:
         """Ends services at once."""
         for name in list(self.services if names is None else names):
             service = self.services[name]
-            self._ask_to_stop(service)
+            self._expect_end(service)
             if service.child is not None:
                 service.child.kill()
 
@@ -145,12 +145,15 @@ class Supervisor:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _ask_to_stop(self, service: Service) -> None:
-        asked, waiting = service.state == "stopping", service.state in ("backoff", "failed")
-        service.on("stop")
-        if waiting:
-            self._tasks[service.spec.name].cancel()
-        elif service.child is not None and not asked:
+        asked = service.state == "stopping"
+        self._expect_end(service)
+        if service.child is not None and not asked:
             service.child.terminate()
+
+    def _expect_end(self, service: Service) -> None:
+        if service.state in ("backoff", "failed"):
+            self._tasks[service.spec.name].cancel()
+        service.on("stop")
         self._on_change(service)
 
     async def _keep(self, service: Service) -> None:
@@ -188,10 +191,12 @@ class Supervisor:
             record = read_line(line)
             service.addresses |= {key: str(record.fields[key]) for key in ("grpc", "http", "nats") if key in record.fields}
             if record.event == "ready":
+                news = service.state != "ready"
                 service.on("ready")
                 service.stage = "ready"
                 service.ready.set()
-                self._on_change(service)
+                if news:
+                    self._on_change(service)
             elif record.event and service.state == "starting":
                 service.stage = _stage(record)
                 self._on_change(service)
@@ -233,7 +238,7 @@ def _start_failed(service: Service, returncode: int) -> StartFailed:
 
 
 def _stage(record: Record) -> str:
-    """What a starting service does, for people: the event, and how far it is where it says so."""
+    """What a starting service does, for people: the event, how far it is, what it waits for."""
     words = record.event.replace("_", " ")
-    fraction = record.fields.get("fraction")
-    return f"{words} {fraction:.0%}" if isinstance(fraction, int | float) else words
+    percent, reason = record.fields.get("percent"), record.fields.get("reason")
+    return f"{words} {percent:.0f} %" if isinstance(percent, int | float) else f"{words}: {reason}" if reason else words
