@@ -16,7 +16,6 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import msgspec
 from common.blocks import KEY_BYTES, Namespace
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
+from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken
 from services.kvstore.files import Files, FolderLock, direct_io_works
 from services.kvstore.io_pool import IoPool
@@ -59,24 +59,6 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     leases_max: int = 10_000
     lease_s: float = 30.0
     lease_s_max: float = 600.0
-
-
-class Admission(IntEnum):
-    """What became of one block that somebody wants to write; numbers as in kvstore.proto."""
-
-    ACCEPTED = 1
-    PRESENT = 2
-    IN_FLIGHT = 3
-    DROPPED = 4
-    INVALID = 5
-
-
-class Offer(msgspec.Struct, frozen=True):
-    """A block that somebody wants to write."""
-
-    key: bytes
-    parent: bytes
-    length: int
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -236,7 +218,7 @@ class Store:
 
     # Writing
 
-    async def reserve(self, namespace: Namespace, offers: Sequence[Offer], ttl_s: float | None) -> Reserved:
+    async def reserve(self, namespace: Namespace, offers: Sequence[BlockMeta], ttl_s: float | None) -> Reserved:
         """Space for blocks that aren't stored, leased for writing. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         self.leases.check_room()
@@ -262,11 +244,11 @@ class Store:
             raise
         return Reserved(admissions, token, granted_s)
 
-    def _none_accepted(self, offers: Sequence[Offer], length: int | None) -> Reserved:
+    def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:
         self.metrics.dropped_writes += len(offers) if length is not None else 0
         return Reserved([Admission.INVALID if length is None else Admission.DROPPED] * len(offers), None, 0.0)
 
-    def _admit_all(self, lease: WriteLease, offers: Sequence[Offer]) -> list[Admission]:
+    def _admit_all(self, lease: WriteLease, offers: Sequence[BlockMeta]) -> list[Admission]:
         admissions: list[Admission] = []
         dropped: set[bytes] = set()
         for offer in offers:
@@ -277,7 +259,7 @@ class Store:
             lease.items.append(item)
         return admissions
 
-    def _admit(self, lease: WriteLease, offer: Offer, dropped: set[bytes]) -> tuple[Admission, WriteItem | None]:
+    def _admit(self, lease: WriteLease, offer: BlockMeta, dropped: set[bytes]) -> tuple[Admission, WriteItem | None]:
         shelf = lease.shelf
         malformed = len(offer.key) != KEY_BYTES or len(offer.parent) != KEY_BYTES or offer.key == offer.parent
         if malformed or offer.length != shelf.geometry.payload_bytes:
