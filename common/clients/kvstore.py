@@ -1,76 +1,134 @@
-"""Calls to a kvstore, in the domain's terms. Every call has a deadline; errors are of our tree."""
+"""A kvstore as its clients see it: protobuf and gRPC on the inside, the domain's types outside.
+
+Every call has a deadline and raises errors of `common.errors`. Bytes don't pass here: they move on
+the byte plane, to the endpoint and under the token that `lookup` and `reserve` return.
+"""
 
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import cast
 
 import msgspec
 
 from common import rpc
-from common.blocks import BlockKey, Namespace
+from common.blocks import Namespace
 from common.errors import Internal
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
+from common.storage import Admission, BlockMeta
 from common.transport.interface import Endpoint, LeaseToken
 from common.wire import lease_token
 
+__all__ = ["Admission", "BlockMeta", "KvStoreClient", "Reservation", "StoreInfo", "StoredPrefix"]
 CALL_DEADLINE_S = 2.0
 
 
-class Admission(IntEnum):
-    """What a kvstore says to a block it is offered (kvstore.proto Admission)."""
+class StoredPrefix(msgspec.Struct, frozen=True):
+    """The first `blocks` of the keys asked for are stored, leased for reading: item i is keys[i]."""
 
-    ACCEPTED = pb.ACCEPTED
-    PRESENT = pb.PRESENT
-    IN_FLIGHT = pb.IN_FLIGHT
-    DROPPED = pb.DROPPED
-    INVALID = pb.INVALID
-
-
-class BlockMeta(msgspec.Struct, frozen=True):
-    """A block that is offered: its key, its parent's key (or the chain's root), and its bytes."""
-
-    key: BlockKey
-    parent: bytes
-    length: int
+    blocks: int
+    token: LeaseToken
+    ttl_s: float
+    endpoint: Endpoint
+    epoch: bytes
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """Item i of the lease is block i. `token` is None when nothing was accepted."""
+    """One admission per offered block: item i is blocks[i]. `token` is None when none was accepted."""
 
     admissions: tuple[Admission, ...]
     token: LeaseToken | None
+    ttl_s: float
     endpoint: Endpoint
+    epoch: bytes
+
+
+class StoreInfo(msgspec.Struct, frozen=True):
+    """Who a kvstore is, and its counters since it started. Sizes are in bytes."""
+
+    id: str
+    epoch: bytes
+    endpoint: Endpoint
+    budget_bytes: int
+    used_bytes: int
+    blocks: int
+    reads: int
+    writes: int
+    evictions: int
+    corrupt_blocks: int
+    dropped_writes: int
+    draining: bool
+    read_bytes: int
+    written_bytes: int
+    leases: int
 
 
 class KvStoreClient:
-    """One kvstore, over a channel of its own."""
+    """A client of the kvstore at `address` (host:port). Connects when first used; `close` when done."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, deadline_s: float = CALL_DEADLINE_S) -> None:
         self.address = address
+        self._deadline_s = deadline_s
         self._channel = rpc.channel(address)
         self._stub = kvstore_pb2_grpc.KvStoreStub(self._channel)
 
-    async def reserve(self, namespace: Namespace, blocks: Sequence[BlockMeta], lease_s: float) -> Reservation:
-        """The right to write those blocks that are accepted."""
+    async def lookup(
+        self, namespace: Namespace, keys: Sequence[bytes], lease_s: float, *, deadline_s: float | None = None
+    ) -> StoredPrefix | None:
+        """The longest stored prefix of a chain, leased; None when not even its first block is stored."""
+        request = pb.LookupRequest(namespace=namespace, keys=keys, lease_ms=_ms(lease_s), lease=True)
+        pending = self._stub.Lookup(request, timeout=deadline_s or self._deadline_s)
+        reply = cast(pb.LookupReply, await rpc.call(pending, self.address))
+        if not reply.blocks:
+            return None
+        if len(reply.token) != TOKEN_BYTES or reply.blocks > len(keys):
+            raise Internal(
+                f"kvstore {self.address} found {reply.blocks} of {len(keys)} blocks, token of {len(reply.token)} bytes"
+            )
+        return StoredPrefix(reply.blocks, LeaseToken(reply.token), reply.ttl_ms / 1000, _endpoint(reply.endpoint), reply.epoch)
+
+    async def count(self, namespace: Namespace, keys: Sequence[bytes], *, deadline_s: float | None = None) -> int:
+        """How many leading blocks of a chain are stored, without a lease."""
+        request = pb.LookupRequest(namespace=namespace, keys=keys)
+        pending = self._stub.Lookup(request, timeout=deadline_s or self._deadline_s)
+        return cast(pb.LookupReply, await rpc.call(pending, self.address)).blocks
+
+    async def reserve(
+        self, namespace: Namespace, blocks: Sequence[BlockMeta], lease_s: float, *, deadline_s: float | None = None
+    ) -> Reservation:
+        """Asks to write blocks, parents first."""
         metas = [pb.BlockMeta(key=block.key, parent=block.parent, length=block.length) for block in blocks]
-        request = pb.ReserveRequest(namespace=namespace, blocks=metas, lease_ms=int(lease_s * 1e3))
-        reply = cast(pb.ReserveReply, await rpc.call(self._stub.Reserve(request, timeout=CALL_DEADLINE_S), self.address))
+        request = pb.ReserveRequest(namespace=namespace, blocks=metas, lease_ms=_ms(lease_s))
+        pending = self._stub.Reserve(request, timeout=deadline_s or self._deadline_s)
+        reply = cast(pb.ReserveReply, await rpc.call(pending, self.address))
         if len(reply.admissions) != len(blocks):
-            raise Internal(f"{self.address} answered {len(reply.admissions)} of {len(blocks)} blocks")
-        endpoint = Endpoint(shm=reply.endpoint.shm, tcp=reply.endpoint.tcp, grpc=reply.endpoint.grpc)
+            raise Internal(f"kvstore {self.address} answered {len(reply.admissions)} of {len(blocks)} blocks")
+        admissions = tuple(map(Admission, reply.admissions))
         token = lease_token(reply.token) if reply.token else None
-        return Reservation(tuple(Admission(admission) for admission in reply.admissions), token, endpoint)
+        return Reservation(admissions, token, reply.ttl_ms / 1000, _endpoint(reply.endpoint), reply.epoch)
 
-    async def renew(self, token: LeaseToken, lease_s: float) -> float:
-        """Seconds the lease lives from now. Raises LeaseRejected when it has ended."""
-        request = pb.RenewRequest(token=token, lease_ms=int(lease_s * 1e3))
-        reply = cast(pb.RenewReply, await rpc.call(self._stub.Renew(request, timeout=CALL_DEADLINE_S), self.address))
-        return reply.ttl_ms / 1e3
+    async def renew(self, token: LeaseToken, lease_s: float, *, deadline_s: float | None = None) -> float:
+        """The seconds granted from now on. Raises `LeaseRejected`."""
+        pending = self._stub.Renew(pb.RenewRequest(token=token, lease_ms=_ms(lease_s)), timeout=deadline_s or self._deadline_s)
+        return cast(pb.RenewReply, await rpc.call(pending, self.address)).ttl_ms / 1000
 
-    async def release(self, token: LeaseToken) -> None:
-        """Gives a lease back. Idempotent."""
-        await rpc.call(self._stub.Release(pb.ReleaseRequest(token=token), timeout=CALL_DEADLINE_S), self.address)
+    async def release(self, token: LeaseToken, *, deadline_s: float | None = None) -> None:
+        """Ends a lease. Idempotent."""
+        pending = self._stub.Release(pb.ReleaseRequest(token=token), timeout=deadline_s or self._deadline_s)
+        await rpc.call(pending, self.address)
+
+    async def describe(self, *, deadline_s: float | None = None) -> StoreInfo:
+        pending = self._stub.Describe(pb.DescribeRequest(), timeout=deadline_s or self._deadline_s)
+        reply = cast(pb.StoreInfo, await rpc.call(pending, self.address))
+        plain = {name: getattr(reply, name) for name in StoreInfo.__struct_fields__ if name != "endpoint"}
+        return StoreInfo(endpoint=_endpoint(reply.endpoint), **plain)
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def _endpoint(message: pb.Endpoint) -> Endpoint:
+    return Endpoint(shm=message.shm, tcp=message.tcp, grpc=message.grpc)
+
+
+def _ms(seconds: float) -> int:
+    return max(1, min(round(seconds * 1000), 0xFFFFFFFF))

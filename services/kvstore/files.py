@@ -1,0 +1,102 @@
+"""The file system calls that the store makes, in one place.
+
+`Files` is the real thing. Tests pass a layer over it that records, fails or forgets, so every call
+that can lose data goes through here.
+"""
+
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import Unavailable
+from common.transport.memory import crc32c
+from services.kvstore.buffers import aligned
+
+PROBE_NAME = ".probe"
+LOCK_NAME = "LOCK"
+
+
+class Files:
+    """Thin, blocking calls; errors are `OSError`."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, 0o640)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def write(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return os.pwrite(fd, buffer, offset)
+
+    def allocate(self, fd: int, length: int) -> None:
+        os.posix_fallocate(fd, 0, length)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def sync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(mode=0o750, parents=True, exist_ok=True)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+    def sync_folder(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def direct_io_works(folder: Path) -> bool:
+    """Whether the file system takes O_DIRECT reads and writes of aligned pages."""
+    path = folder / PROBE_NAME
+    page = aligned(4096)
+    page[:5] = b"probe"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    try:
+        back = aligned(4096)
+        return os.pwrite(fd, page, 0) == 4096 and os.preadv(fd, [back], 0) == 4096 and crc32c(back) == crc32c(page)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """One process owns a data folder. The lock is the kernel's: it goes when the process does."""
+
+    def __init__(self, folder: Path) -> None:
+        """Takes the lock. Raises `Unavailable`, naming the process that has it."""
+        self._path = folder / LOCK_NAME
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise Unavailable(
+                f"data folder {folder} is in use by process {owner}: stop it, or give this one another data_dir"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Idempotent. The file stays: removing it would let two processes lock two files of one name."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,162 @@
+"""The disk format, bytes only: segment headers and slot headers (docs/formats.md draws them).
+
+A segment file is one header page and then `slot_count` slots of `slot_bytes`; a slot is one header
+page and the payload, zero-padded to a whole page. All integers are little-endian, every page is
+4096 bytes, and the last four bytes of a header page are the CRC-32C of the rest of it.
+
+Invariants:
+- A header names its own place (segment number, slot number): a misdirected write is not a block.
+- Whatever doesn't decode is `None`: the caller counts it and treats it as a miss.
+- A reader refuses a version or a flag that it doesn't know, so a later format is never misread.
+"""
+
+import struct
+from enum import Enum, auto
+
+import msgspec
+
+from common.blocks import KEY_BYTES
+from common.transport.memory import crc32c
+
+PAGE_BYTES = 4096  # the largest logical block size of common SSDs, and the memory page
+VERSION = 1
+SEGMENT_MAGIC = b"PNSTKSEG"
+SLOT_MAGIC = b"PNSTKBLK"
+PAYLOAD_BYTES_MAX = 64 << 20  # one request of the byte plane carries a whole block
+SLOTS_MAX = 1 << 20  # per segment
+
+_SEGMENT = struct.Struct("<8sII32sIIII")
+_SLOT = struct.Struct("<8sII32s32s32sQIIII")
+_CRC = struct.Struct("<I")
+_CRC_OFFSET = PAGE_BYTES - _CRC.size
+
+
+class Geometry(msgspec.Struct, frozen=True):
+    """The sizes that all segments of a namespace share."""
+
+    payload_bytes: int
+    slots_per_segment: int
+
+    @property
+    def padded_bytes(self) -> int:
+        """The payload in whole pages."""
+        return pages(self.payload_bytes)
+
+    @property
+    def slot_bytes(self) -> int:
+        return PAGE_BYTES + self.padded_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        return PAGE_BYTES + self.slots_per_segment * self.slot_bytes
+
+    def slot_offset(self, slot: int) -> int:
+        """Where slot number `slot` of a segment starts in its file."""
+        return PAGE_BYTES + slot * self.slot_bytes
+
+
+class SegmentHeader(msgspec.Struct, frozen=True):
+    """Page 0 of a segment file."""
+
+    namespace: bytes
+    geometry: Geometry
+    segment: int
+
+
+class SlotHeader(msgspec.Struct, frozen=True):
+    """The first page of a slot: which block this is, and where it was meant to lie.
+
+    `sequence` orders all writes of a store, across namespaces.
+    """
+
+    namespace: bytes
+    key: bytes
+    parent: bytes
+    sequence: int
+    payload_bytes: int
+    payload_crc32c: int
+    slot: int
+    segment: int
+
+
+class Unreadable(Enum):
+    """Why a header page is not a header that may be used."""
+
+    EMPTY = auto()  # a slot that was never written, or was erased
+    DAMAGED = auto()  # magic or checksum
+    NEWER = auto()  # a version or flag of a later format
+
+
+def pages(length: int) -> int:
+    """`length` rounded up to whole pages."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
+
+
+def encode_segment(header: SegmentHeader) -> bytes:
+    geometry = header.geometry
+    return _sealed(
+        _SEGMENT.pack(
+            SEGMENT_MAGIC,
+            VERSION,
+            0,
+            header.namespace,
+            geometry.payload_bytes,
+            geometry.slot_bytes,
+            geometry.slots_per_segment,
+            header.segment,
+        )
+    )
+
+
+def decode_segment(page: bytes | memoryview) -> SegmentHeader | Unreadable:
+    """The header in `page`, or why there is none."""
+    fault = _fault(page, SEGMENT_MAGIC)
+    if fault is not None:
+        return fault
+    _, _, _, namespace, payload_bytes, slot_bytes, slot_count, segment = _SEGMENT.unpack_from(page)
+    geometry = Geometry(payload_bytes, slot_count)
+    if not 0 < payload_bytes <= PAYLOAD_BYTES_MAX or not 0 < slot_count <= SLOTS_MAX or geometry.slot_bytes != slot_bytes:
+        return Unreadable.DAMAGED
+    return SegmentHeader(namespace, geometry, segment)
+
+
+def encode_slot(header: SlotHeader) -> bytes:
+    assert len(header.key) == len(header.parent) == len(header.namespace) == KEY_BYTES
+    return _sealed(
+        _SLOT.pack(
+            SLOT_MAGIC,
+            VERSION,
+            0,
+            header.namespace,
+            header.key,
+            header.parent,
+            header.sequence,
+            header.payload_bytes,
+            header.payload_crc32c,
+            header.slot,
+            header.segment,
+        )
+    )
+
+
+def decode_slot(page: bytes | memoryview) -> SlotHeader | Unreadable:
+    """The header in `page`, or why there is none. Whether it belongs here is the caller's to check."""
+    fault = _fault(page, SLOT_MAGIC)
+    if fault is not None:
+        return fault
+    _, _, _, namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment = _SLOT.unpack_from(page)
+    return SlotHeader(namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment)
+
+
+def _sealed(fields: bytes) -> bytes:
+    body = fields.ljust(_CRC_OFFSET, b"\0")
+    return body + _CRC.pack(crc32c(body))
+
+
+def _fault(page: bytes | memoryview, magic: bytes) -> Unreadable | None:
+    if bytes(page[:8]) == bytes(8):
+        return Unreadable.EMPTY
+    if bytes(page[:8]) != magic or _CRC.unpack_from(page, _CRC_OFFSET)[0] != crc32c(page[:_CRC_OFFSET]):
+        return Unreadable.DAMAGED
+    version, flags = struct.unpack_from("<II", page, 8)
+    return Unreadable.NEWER if version != VERSION or flags else None

@@ -1,0 +1,158 @@
+"""The body of the kvstore process: store, byte plane, gRPC, event plane, metrics.
+
+1. The folder is locked, scanned, and its index rebuilt.
+2. The byte plane and gRPC listen, NOT_SERVING; then health says SERVING, the store is announced, and
+   a `ready` event with its addresses is logged.
+3. `stop` is set: it announces that it drains, refuses new leases, waits for those that are out.
+4. Everything is closed in reverse. Drained means that no lease is left.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc.aio
+import msgspec
+from prometheus_client import start_http_server
+
+from common import rpc, tracing
+from common.aio import first_of
+from common.errors import SettingsError, Unavailable
+from common.logs import Log
+from common.membership import Announcer, MemberRecord
+from common.pb import kvstore_pb2_grpc
+from common.settings import shown
+from common.transport.grpc_carrier import SERVICE as BYTES_SERVICE
+from common.transport.grpc_carrier import BytesServicer
+from common.transport.interface import Endpoint
+from common.transport.reception import Limits, Reception
+from common.transport.server import serve_bytes
+from services.kvstore.area import StoreArea
+from services.kvstore.service import SERVICE, KvStoreService
+from services.kvstore.settings import KvStoreSettings, disk_budget
+from services.kvstore.store import Store, StoreOptions
+
+log = Log("kvstore")
+SWEEP_S = 0.5
+
+
+async def serve(settings: KvStoreSettings, stop: asyncio.Event) -> None:
+    """Runs a kvstore until `stop` is set and everything is drained."""
+    log.event("starting", settings=shown(settings))
+    async with AsyncExitStack() as stack:
+        store = await asyncio.to_thread(open_store, settings)
+        stack.push_async_callback(asyncio.to_thread, store.close)
+        area = StoreArea(
+            store,
+            read_buffer_bytes=settings.read_buffer_bytes,
+            write_buffer_bytes=settings.write_buffer_bytes,
+            read_deadline_s=settings.read_deadline_s,
+        )
+        stack.push_async_callback(store.settle)
+        stack.push_async_callback(area.settle)
+        id_ = settings.id or f"kvstore-{store.epoch[:4].hex()}"
+        tracing.setup("kvstore", id_, settings.otlp_endpoint)
+        stack.callback(tracing.shutdown)
+        server, endpoint = await _listen(settings, store, area, id_, stack)
+        _publish(settings, store, area, stack)
+
+        def record() -> MemberRecord:
+            return MemberRecord("kvstore", id_, store.epoch.hex(), endpoint.grpc, draining=store.draining)
+
+        announcer = Announcer(settings.nats, record)
+        announcing = asyncio.create_task(announcer.run())
+        stack.callback(announcing.cancel)
+        await server.set_serving(True)
+        log.event("ready", role="kvstore", id=id_, grpc=endpoint.grpc, endpoint=msgspec.to_builtins(endpoint))
+        await first_of(stop.wait(), _sweep(store))
+        store.draining = True
+        announcer.changed()
+        await server.set_serving(False)
+        clean = await store.drain(settings.drain_s)
+        log.event("drained", clean=clean)
+        await announcer.withdraw()
+
+
+def open_store(settings: KvStoreSettings) -> Store:
+    """Locks and scans the folder. Blocking. Raises `SettingsError` for a folder that can't be used."""
+    folder = Path(settings.data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        budget_bytes = disk_budget(settings)
+        if budget_bytes < settings.budget_bytes:
+            log.warning(
+                "budget_lowered", asked_bytes=settings.budget_bytes, budget_bytes=budget_bytes, reason="80 % of free disk"
+            )
+        names = set(StoreOptions.__struct_fields__) - {"budget_bytes"}
+        chosen = {name: getattr(settings, name) for name in names}
+        return Store.open(folder, StoreOptions(budget_bytes=budget_bytes, **chosen))
+    except OSError as error:
+        raise SettingsError(
+            f"[kvstore] data = {settings.data!r}: {error.strerror or error}; expected a folder to write to"
+        ) from error
+
+
+async def _listen(
+    settings: KvStoreSettings, store: Store, area: StoreArea, id_: str, stack: AsyncExitStack
+) -> tuple[rpc.Server, Endpoint]:
+    host = settings.advertise_host or settings.host
+    reception = Reception(area, Limits(bytes_total_max=settings.write_buffer_bytes // 2))
+    by_grpc = BytesServicer(area, reception=reception)
+    endpoint = Endpoint()
+    service = KvStoreService(store, id_, lambda: endpoint)
+
+    def register(server: grpc.aio.Server) -> None:
+        kvstore_pb2_grpc.add_KvStoreServicer_to_server(service, server)
+        by_grpc.add_to(server)
+
+    bytes_server = await serve_bytes(
+        area,
+        tcp=(settings.host, settings.bytes_port),
+        shm_path=Path(settings.run_dir) / f"{id_}.sock" if settings.run_dir else None,
+        advertise_host=settings.advertise_host,
+        reception=reception,
+    )
+    stack.push_async_callback(bytes_server.close)
+    server = await rpc.serve(settings.host, settings.port, [SERVICE, BYTES_SERVICE], register)
+    stack.push_async_callback(server.stop, 1.0)
+    address = f"{host}:{server.address.rpartition(':')[2]}"
+    endpoint = Endpoint(shm=bytes_server.endpoint.shm, tcp=bytes_server.endpoint.tcp, grpc=address)
+    return server, endpoint
+
+
+def _publish(settings: KvStoreSettings, store: Store, area: StoreArea, stack: AsyncExitStack) -> None:
+    store.metrics.publish(
+        lambda: {
+            "budget_bytes": ("Byte budget", store.options.budget_bytes),
+            "used_bytes": ("Bytes of segment files", store.space.used_bytes),
+            "blocks": ("Blocks stored", store.blocks),
+            "leases": ("Leases out", len(store.leases)),
+            "read_queue": ("Disk reads queued or running", store.readers.pending),
+            "write_queue": ("Disk writes and syncs queued or running", store.writers.pending),
+            "reserved_bytes": ("Space reserved and not yet written", store.reserved_bytes),
+            "read_buffer_bytes": ("Read buffers in use", area.read_buffers.taken_bytes),
+            "write_buffer_bytes": ("Write buffers in use", area.image_buffers.taken_bytes),
+        }
+    )
+    if settings.metrics_port is None:
+        return
+    try:
+        http, thread = start_http_server(settings.metrics_port, settings.host, store.metrics.registry)
+    except OSError as error:
+        raise Unavailable(
+            f"can't listen on {settings.host}:{settings.metrics_port}: {error.strerror}", param="metrics_port"
+        ) from error
+    log.event("metrics", address=f"{settings.host}:{http.server_port}")
+
+    def close() -> None:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+    stack.callback(close)
+
+
+async def _sweep(store: Store) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        store.sweep()

@@ -1,0 +1,178 @@
+"""One namespace: its segments, its slots and what each of them is used for, its index.
+
+A slot's life:
+
+    (segment added) -> FREE -take-> IN_FLIGHT -store-> STORED -evict-> FREE
+                                        |                 +---condemn-> ERASING -> FREE or RETIRED
+                                        +---give_back-> FREE, retire -> RETIRED
+
+`FREE` slots may still carry the header of a block that was evicted: a restart may find it again,
+whole, which is harmless. A condemned block's header is erased first, so that it isn't.
+Slots of a segment that can't be written are STORED (and pinned, as evicting gains nothing) or RETIRED.
+"""
+
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+
+from common.blocks import Namespace
+from services.kvstore.eviction import EvictionPolicy
+from services.kvstore.index import Index
+from services.kvstore.record import Geometry
+from services.kvstore.segment import Segment
+from services.kvstore.write_item import WriteItem
+
+
+class SlotState(IntEnum):
+    ABSENT = 0  # no segment has this slot number
+    FREE = 1
+    IN_FLIGHT = 2  # a write lease owns it
+    STORED = 3
+    ERASING = 4  # condemned; its header is being erased
+    RETIRED = 5  # the disk fails there, or it can't be written
+
+
+class Shelf:
+    """Segments and blocks of one namespace. Belongs to the event loop."""
+
+    def __init__(self, namespace: Namespace, geometry: Geometry, policy: EvictionPolicy, ticks: Iterator[int]) -> None:
+        self.namespace = namespace
+        self.namespace_bytes = bytes.fromhex(namespace)
+        self.geometry = geometry
+        self.policy = policy
+        self.index = Index(policy, ticks)
+        self.segments: dict[int, Segment] = {}
+        self.in_flight: dict[bytes, WriteItem] = {}
+        self.preparing = 0  # requests that wait for space here
+        self._state = bytearray()
+        self._free: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"Shelf({self.namespace[:8]}, segments={len(self.segments)}, blocks={len(self.index)}, free={self.free_slots})"
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def segment_bytes(self) -> int:
+        return len(self.segments) * self.geometry.segment_bytes
+
+    def state(self, slot: int) -> SlotState:
+        return SlotState(self._state[slot])
+
+    def next_segment_number(self, taken: Callable[[int], bool]) -> int:
+        """The lowest number that no segment has and `taken` doesn't claim."""
+        number = 0
+        while number in self.segments or taken(number):
+            number += 1
+        return number
+
+    def add_segment(self, segment: Segment) -> range:
+        """Takes a segment in, all its slots RETIRED until `free` or `store_found`; their numbers."""
+        assert segment.geometry == self.geometry and segment.number not in self.segments
+        self.segments[segment.number] = segment
+        slots = self.segment_slots(segment.number)
+        self._state.extend(bytes(max(0, slots.stop - len(self._state))))
+        self.index.grow(slots.stop)
+        for slot in slots:
+            self._state[slot] = SlotState.RETIRED
+        return slots
+
+    def remove_segment(self, number: int) -> Segment:
+        """Lets go of a segment whose slots are all FREE or RETIRED."""
+        slots = self.segment_slots(number)
+        assert all(self._state[slot] in (SlotState.FREE, SlotState.RETIRED) for slot in slots)
+        self._free = [slot for slot in self._free if slot not in slots]
+        self._state[slots.start : slots.stop] = bytes(len(slots))
+        return self.segments.pop(number)
+
+    def place(self, slot: int) -> tuple[Segment, int]:
+        """The segment of a slot, and the slot's number in it."""
+        number, within = divmod(slot, self.geometry.slots_per_segment)
+        return self.segments[number], within
+
+    def take(self) -> int | None:
+        """A free slot to write into; None when there is none."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._move(slot, SlotState.FREE, SlotState.IN_FLIGHT)
+        return slot
+
+    def evict(self) -> int | None:
+        """Frees the slot of the block that may best go; None when none may."""
+        slot = self.index.evict()
+        if slot is not None:
+            self._move(slot, SlotState.STORED, SlotState.FREE)
+            self._free.append(slot)
+        return slot
+
+    def forget(self, slot: int) -> None:
+        """Frees the slot of a stored block, whatever hangs on it."""
+        self.index.remove(slot)
+        self._move(slot, SlotState.STORED, SlotState.FREE)
+        self._free.append(slot)
+
+    def store(self, item: WriteItem, checksum: int, sequence: int) -> None:
+        """The item's block is durable in its slot: visible from now on."""
+        self._move(item.slot, SlotState.IN_FLIGHT, SlotState.STORED)
+        del self.in_flight[item.key]
+        self.index.insert(item.slot, item.key, item.parent, checksum, sequence)
+
+    def give_back(self, item: WriteItem, *, failed: bool) -> None:
+        """The item's slot will not be filled; after an I/O error it isn't used again."""
+        del self.in_flight[item.key]
+        self._move(item.slot, SlotState.IN_FLIGHT, SlotState.RETIRED if failed else SlotState.FREE)
+        if not failed:
+            self._free.append(item.slot)
+
+    def condemn(self, slot: int) -> None:
+        """A stored block turned out bad: it is a miss from now on. `erased` follows."""
+        self.index.remove(slot)
+        self._move(slot, SlotState.STORED, SlotState.ERASING)
+
+    def erased(self, slot: int, *, usable: bool) -> None:
+        """The header of a condemned block is gone, or (not usable) can't be erased."""
+        self._move(slot, SlotState.ERASING, SlotState.FREE if usable else SlotState.RETIRED)
+        if usable:
+            self._free.append(slot)
+
+    def free(self, slot: int) -> None:
+        """While opening: nothing of use is in this slot."""
+        self._move(slot, SlotState.RETIRED, SlotState.FREE)
+        self._free.append(slot)
+
+    def store_found(self, slot: int, key: bytes, parent: bytes, checksum: int, sequence: int) -> None:
+        """While opening: a block was found in this slot."""
+        self._move(slot, SlotState.RETIRED, SlotState.STORED)
+        self.index.insert(slot, key, parent, checksum, sequence)
+        if not self.place(slot)[0].writable:
+            self.index.pin(slot)
+
+    def segment_slots(self, number: int) -> range:
+        per_segment = self.geometry.slots_per_segment
+        return range(number * per_segment, (number + 1) * per_segment)
+
+    def _move(self, slot: int, old: SlotState, new: SlotState) -> None:
+        assert self._state[slot] == old, f"slot {slot} is {SlotState(self._state[slot]).name}, not {old.name}"
+        self._state[slot] = new
+
+    def check_integrity(self) -> list[str]:
+        """Every slot is accounted for once; what is wrong, in words."""
+        problems = [f"{self.namespace[:8]}: {problem}" for problem in self.index.check_integrity()]
+        counts = {state: self._state.count(state) for state in SlotState}
+        stored = {slot for _, slot in self.index.stored()}
+        flying = {item.slot for item in self.in_flight.values()}
+        for name, slots, state in (
+            ("stored", stored, SlotState.STORED),
+            ("in flight", flying, SlotState.IN_FLIGHT),
+            ("free", set(self._free), SlotState.FREE),
+        ):
+            if len(slots) != counts[state] or any(self._state[slot] != state for slot in slots):
+                problems.append(f"{self.namespace[:8]}: {len(slots)} slots are {name}, {counts[state]} marked {state.name}")
+        if len(self._free) != len(set(self._free)):
+            problems.append(f"{self.namespace[:8]}: a slot is free twice")
+        total = len(self.segments) * self.geometry.slots_per_segment
+        if sum(counts[state] for state in SlotState if state is not SlotState.ABSENT) != total:
+            problems.append(f"{self.namespace[:8]}: {total} slots, but {counts}")
+        return problems

@@ -1,0 +1,403 @@
+"""The block store: what is stored, who may read or write it, and for how long.
+
+1. `Store.open` scans the folder, rebuilds the index, meets the budget. Blocking.
+2. `lookup` finds and leases prefixes; `reserve` finds space and leases slots. The `Area`
+   (area.py) moves the bytes under these leases and reports what became of them.
+3. `sweep` ends leases whose time is over.
+4. `drain` refuses new leases and waits for those that are out; `close` ends the I/O.
+
+Decisions are synchronous, on the event loop; whatever touches the disk runs in a pool.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from common.blocks import KEY_BYTES, Namespace
+from common.errors import Overloaded, Unavailable
+from common.logs import Log
+from common.storage import Admission, BlockMeta
+from common.transport.interface import LeaseToken
+from services.kvstore.files import Files, FolderLock, direct_io_works
+from services.kvstore.io_pool import IoPool
+from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
+from services.kvstore.metrics import Metrics
+from services.kvstore.record import PAYLOAD_BYTES_MAX
+from services.kvstore.scan import WINDOW, FoundNamespace, scan
+from services.kvstore.segment import Segment
+from services.kvstore.shelf import Shelf
+from services.kvstore.space import Space
+from services.kvstore.write_item import WriteItem, WriteState
+from services.kvstore.writer import Writer
+
+log = Log("store")
+EPOCH_BYTES = 16
+EXPIRY_POLL_S = 0.25  # while draining
+NAMESPACES_FOLDER = "namespaces"
+_PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
+
+
+class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds and choices of a store; `settings.py` documents them."""
+
+    budget_bytes: int
+    segment_bytes: int = 256 << 20
+    reserved_bytes_max: int = 1 << 30
+    read_threads: int = 16
+    write_threads: int = 8
+    pending_reads_max: int = 65_536
+    durable: bool = True
+    direct: bool = True
+    leases_max: int = 10_000
+    lease_s: float = 30.0
+    lease_s_max: float = 600.0
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A stored prefix. `token` is None when no lease was asked for."""
+
+    blocks: int
+    token: LeaseToken | None
+    ttl_s: float
+
+
+class Reserved(msgspec.Struct, frozen=True):
+    """One admission per offered block. `token` is None when nothing was accepted."""
+
+    admissions: list[Admission]
+    token: LeaseToken | None
+    ttl_s: float
+
+
+class Store:
+    """See the module. Belongs to one event loop after `open`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        options: StoreOptions,
+        *,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.epoch = os.urandom(EPOCH_BYTES)
+        self.options = options
+        self.metrics = metrics or Metrics()
+        self.clock = clock
+        self.draining = False
+        self._files = files or Files()
+        self._files.make_folder(folder)
+        self._lock = FolderLock(folder)
+        self._root = folder / NAMESPACES_FOLDER
+        self._files.make_folder(self._root)
+        self.direct = options.direct and direct_io_works(folder)
+        self.readers = IoPool(options.read_threads, "kvstore-read", options.pending_reads_max)
+        self.writers = IoPool(options.write_threads, "kvstore-write", _PENDING_WRITES_MAX)
+        self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
+        self.space = Space(
+            self._files,
+            self._root,
+            self.writers,
+            self.metrics,
+            budget_bytes=options.budget_bytes,
+            segment_bytes=options.segment_bytes,
+            direct=self.direct,
+            clock=clock,
+        )
+        self._ticks = itertools.count(1)
+        self._reserved_bytes = 0
+        self._lease_ended = asyncio.Event()
+        self._erasing: set[asyncio.Task[None]] = set()
+        self.writer = Writer(self.writers, next_sequence=1, durable=options.durable)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        options: StoreOptions,
+        *,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> "Store":
+        """Opens a folder, new or not. Blocking. Raises `Unavailable` when another process has it."""
+        store = cls(folder, options, files=files, clock=clock, metrics=metrics)
+        try:
+            store._load()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _load(self) -> None:
+        started_s = time.monotonic()
+        found, counts, last = scan(self._files, self._root, direct=self.direct, threads=self.options.read_threads)
+        for one in found:
+            self.space.unusable_numbers[one.namespace] = one.unusable_numbers
+            self._load_namespace(one)
+        self.space.unusable_bytes = counts.unusable_bytes
+        self.writer = Writer(self.writers, next_sequence=last + 1, durable=self.options.durable)
+        self.metrics.corrupt_blocks += counts.damaged + counts.foreign + counts.torn
+        self.space.fit_budget()
+        seconds = time.monotonic() - started_s
+        log.event(
+            "store_opened",
+            folder=str(self._root.parent),
+            io="direct" if self.direct else "buffered",
+            seconds=round(seconds, 3),
+            blocks_per_s=round(counts.blocks / max(seconds, 1e-9)),
+            **msgspec.structs.asdict(counts),
+        )
+
+    def _load_namespace(self, one: FoundNamespace) -> None:
+        if one.geometry is None:
+            return
+        shelf = self.space.add_found(one.namespace, one.geometry, self._ticks)
+        first_slot = {segment.number: shelf.add_segment(segment).start for segment in one.segments}
+        by_number = {segment.number: segment for segment in one.segments}
+        for segment, slot in reversed(one.free):
+            if by_number[segment].writable:
+                shelf.free(first_slot[segment] + slot)
+        for block in one.blocks:
+            shelf.store_found(first_slot[block.segment] + block.slot, block.key, block.parent, block.checksum, block.sequence)
+
+    # Reading
+
+    def lookup(self, namespace: Namespace, keys: Sequence[bytes], ttl_s: float | None, *, lease: bool) -> Found:
+        """The longest stored prefix of a chain, leased if asked for. Raises `Overloaded`, `Unavailable`."""
+        self._refuse_while_draining()
+        shelf = self.space.shelves.get(namespace)
+        slots = shelf.index.prefix(keys) if shelf is not None else []
+        self.metrics.lookups += 1
+        self.metrics.lookup_blocks += len(keys)
+        self.metrics.hit_blocks += len(slots)
+        if shelf is None or not slots or not lease:
+            return Found(len(slots), None, 0.0)
+        self.leases.check_room()
+        index = shelf.index
+        index.touch(slots)
+        index.pin(slots[-1])
+        granted = ReadLease(shelf, array("I", slots), array("Q", map(index.sequence, slots)))
+        token, granted_s = self.leases.grant(granted, ttl_s)
+        return Found(len(slots), token, granted_s)
+
+    def condemn(self, shelf: Shelf, slot: int, sequence: int, reason: str) -> None:
+        """A block's bytes can't be had, or are wrong: from now on it is a miss."""
+        key = shelf.index.key(slot)
+        if key is None or shelf.index.sequence(slot) != sequence:
+            return
+        segment, within = shelf.place(slot)
+        log.warning("block_dropped", key=key.hex(), path=str(segment.path), slot=within, reason=reason)
+        self.metrics.corrupt_blocks += 1
+        writable = segment.writable
+        if not writable:
+            shelf.index.unpin(slot)
+        shelf.condemn(slot)
+        task = asyncio.create_task(self._erase(shelf, slot, segment, within, writable))
+        self._erasing.add(task)
+        task.add_done_callback(self._erasing.discard)
+
+    async def _erase(self, shelf: Shelf, slot: int, segment: Segment, within: int, writable: bool) -> None:
+        usable = False
+        if writable:
+            try:
+                (result,) = await self.writers.submit([partial(_erase_slot, segment, within)]).done
+                usable = result is True
+            except Overloaded:
+                usable = False
+        shelf.erased(slot, usable=usable)
+
+    # Writing
+
+    async def reserve(self, namespace: Namespace, offers: Sequence[BlockMeta], ttl_s: float | None) -> Reserved:
+        """Space for blocks that aren't stored, leased for writing. Raises `Overloaded`, `Unavailable`."""
+        self._refuse_while_draining()
+        self.leases.check_room()
+        length = next((offer.length for offer in offers if 0 < offer.length <= PAYLOAD_BYTES_MAX), None)
+        shelf = self.space.shelf(namespace, length, self._ticks) if length is not None else None
+        if shelf is None:
+            return self._none_accepted(offers, length)
+        wanted = sum(shelf.index.find(offer.key) is None and offer.key not in shelf.in_flight for offer in offers)
+        room = max(0, self.options.reserved_bytes_max - self._reserved_bytes) // shelf.geometry.slot_bytes
+        await self.space.prepare(shelf, min(wanted, room))
+        self._refuse_while_draining()
+        lease = WriteLease(shelf)
+        admissions = self._admit_all(lease, offers)
+        self.metrics.dropped_writes += admissions.count(Admission.DROPPED)
+        self.metrics.present_writes += admissions.count(Admission.PRESENT) + admissions.count(Admission.IN_FLIGHT)
+        if Admission.ACCEPTED not in admissions:
+            self._end(lease)
+            return Reserved(admissions, None, 0.0)
+        try:
+            token, granted_s = self.leases.grant(lease, ttl_s)
+        except Overloaded:
+            self._end(lease)
+            raise
+        return Reserved(admissions, token, granted_s)
+
+    def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:
+        self.metrics.dropped_writes += len(offers) if length is not None else 0
+        return Reserved([Admission.INVALID if length is None else Admission.DROPPED] * len(offers), None, 0.0)
+
+    def _admit_all(self, lease: WriteLease, offers: Sequence[BlockMeta]) -> list[Admission]:
+        admissions: list[Admission] = []
+        dropped: set[bytes] = set()
+        for offer in offers:
+            admission, item = self._admit(lease, offer, dropped)
+            if admission is Admission.DROPPED:
+                dropped.add(offer.key)
+            admissions.append(admission)
+            lease.items.append(item)
+        return admissions
+
+    def _admit(self, lease: WriteLease, offer: BlockMeta, dropped: set[bytes]) -> tuple[Admission, WriteItem | None]:
+        shelf = lease.shelf
+        malformed = len(offer.key) != KEY_BYTES or len(offer.parent) != KEY_BYTES or offer.key == offer.parent
+        if malformed or offer.length != shelf.geometry.payload_bytes:
+            return Admission.INVALID, None
+        stored = shelf.index.find(offer.key)
+        if stored is not None:
+            self._keep(lease, stored)
+            return Admission.PRESENT, None
+        if offer.key in shelf.in_flight:
+            return Admission.IN_FLIGHT, None
+        if offer.parent in dropped or self._reserved_bytes + shelf.geometry.slot_bytes > self.options.reserved_bytes_max:
+            return Admission.DROPPED, None
+        parent = shelf.index.find(offer.parent)
+        if parent is not None:
+            self._keep(lease, parent)
+        slot = self.space.take(shelf)
+        if slot is None:
+            return Admission.DROPPED, None
+        item = WriteItem(slot, offer.key, offer.parent)
+        shelf.in_flight[offer.key] = item
+        self._reserved_bytes += shelf.geometry.slot_bytes
+        return Admission.ACCEPTED, item
+
+    def _keep(self, lease: WriteLease, slot: int) -> None:
+        """Pins a block that what is being written hangs on."""
+        lease.shelf.index.pin(slot)
+        lease.pins.append(slot)
+
+    def filled(self, lease: WriteLease, item: WriteItem, checksum: int, sequence: int) -> None:
+        """The item is durable. Stored even if its lease ended meanwhile: the bytes are right."""
+        shelf = lease.shelf
+        item.step("done")
+        shelf.store(item, checksum, sequence)
+        self._reserved_bytes -= shelf.geometry.slot_bytes
+        if not lease.ended:
+            self._keep(lease, item.slot)
+        self.metrics.writes += 1
+        self.metrics.written_bytes += shelf.geometry.payload_bytes
+        self.metrics.disk_written_bytes += shelf.geometry.slot_bytes
+
+    def given_up(self, shelf: Shelf, item: WriteItem, event: str, *, failed: bool = False) -> None:
+        """The item will not be filled: `event` is "close" or "fail"."""
+        item.step(event)
+        shelf.give_back(item, failed=failed)
+        self._reserved_bytes -= shelf.geometry.slot_bytes
+
+    # Leases
+
+    def renew(self, token: LeaseToken, ttl_s: float | None) -> float:
+        """Raises `LeaseRejected`."""
+        return self.leases.renew(token, ttl_s)
+
+    def release(self, token: LeaseToken) -> None:
+        """Idempotent."""
+        lease = self.leases.take(token)
+        if lease is not None:
+            self._end(lease)
+
+    def sweep(self) -> None:
+        """Ends leases whose time is over."""
+        for lease in self.leases.expired():
+            self.metrics.expired_leases += 1
+            self._end(lease)
+        self.space.forget_empty()
+
+    def _end(self, lease: Lease) -> None:
+        assert not lease.ended
+        lease.ended = True
+        self._lease_ended.set()
+        shelf = lease.shelf
+        if isinstance(lease, ReadLease):
+            shelf.index.unpin(lease.slots[-1])
+            return
+        for item in lease.items:
+            if item is not None and item.state is WriteState.RESERVED:
+                self.given_up(shelf, item, "close")
+        for slot in lease.pins:
+            shelf.index.unpin(slot)
+        lease.pins.clear()
+
+    # Life
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Refuses new leases and waits for those that are out; whether all ended in time."""
+        self.draining = True
+        give_up_s = self.clock() + deadline_s
+        while len(self.leases) and self.clock() < give_up_s:
+            self._lease_ended.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._lease_ended.wait(), min(deadline_s, EXPIRY_POLL_S))
+            self.sweep()
+        clean = not len(self.leases)
+        for lease in self.leases.drain():
+            self._end(lease)
+        await self.settle()
+        return clean
+
+    async def settle(self) -> None:
+        """Waits for what the store does by itself: segments being made or removed, slots being erased."""
+        await self.space.settle()
+        while self._erasing:
+            await asyncio.wait(self._erasing)
+
+    def close(self) -> None:
+        """Ends the I/O and lets go of the folder. Blocking, idempotent."""
+        self.readers.close()
+        self.writers.close()
+        for shelf in self.space.shelves.values():
+            for segment in shelf.segments.values():
+                segment.close()
+        self._lock.release()
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise Unavailable("this kvstore is draining: it takes no new leases; use another, or recompute", retry_after_s=1.0)
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(shelf.index) for shelf in self.space.shelves.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._reserved_bytes
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong, in words; empty when all is well. Cheap enough for tests and idle moments."""
+        problems = [problem for shelf in self.space.shelves.values() for problem in shelf.check_integrity()]
+        flying = sum(len(shelf.in_flight) * shelf.geometry.slot_bytes for shelf in self.space.shelves.values())
+        if flying != self._reserved_bytes:
+            problems.append(f"{flying} bytes are in flight, {self._reserved_bytes} are accounted for")
+        if self.space.used_bytes > self.options.budget_bytes and self.space.used_bytes > self.space.unusable_bytes:
+            problems.append(f"{self.space.used_bytes} bytes used of a budget of {self.options.budget_bytes}")
+        if self.writer.open_writes > WINDOW:
+            problems.append(f"{self.writer.open_writes} writes are open: at most {WINDOW}")
+        return problems
+
+
+def _erase_slot(segment: Segment, within: int) -> bool:
+    segment.erase(within)
+    segment.sync()
+    return True

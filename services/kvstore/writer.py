@@ -1,0 +1,156 @@
+"""Durable writes: numbered, written by several threads, made durable in groups.
+
+1. A batch gets consecutive sequence numbers when the window has room: at most `WINDOW` numbers are
+   open at once, which is what lets a restart know which blocks may be torn.
+2. Each slot image (header page, payload, padding) is one write.
+3. One sync per segment follows. Batches that come meanwhile share the next one (group commit).
+4. The numbers are closed, whatever the outcome.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+
+from common.errors import Overloaded
+from services.kvstore.io_pool import IoPool
+from services.kvstore.scan import WINDOW
+from services.kvstore.segment import Segment
+
+BATCH_MAX = 64  # slots that share one entry into the window
+
+
+class SlotWrite(msgspec.Struct, frozen=True):
+    """What goes where. `seal` puts the header for a sequence number into the image."""
+
+    segment: Segment
+    slot: int  # within the segment
+    image: memoryview
+    seal: Callable[[int], None]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A write that is durable, or the error that it isn't."""
+
+    sequence: int
+    error: BaseException | None
+
+
+class Writer:
+    """Writes batches of slots. Belongs to the event loop."""
+
+    def __init__(self, pool: IoPool, *, next_sequence: int, durable: bool) -> None:
+        self._pool = pool
+        self._next = next_sequence
+        self._durable = durable
+        self._open: dict[int, None] = {}  # sequence numbers in order
+        self._entering = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._syncs: dict[int, _GroupSync] = {}
+
+    @property
+    def open_writes(self) -> int:
+        return len(self._open)
+
+    async def write(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
+        """One outcome per write, in order. Never raises for a write."""
+        batches = [writes[i : i + BATCH_MAX] for i in range(0, len(writes), BATCH_MAX)]
+        outcomes = await asyncio.gather(*(self._write_batch(batch) for batch in batches))
+        return [outcome for batch in outcomes for outcome in batch]
+
+    async def _write_batch(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
+        numbers = await self._enter(len(writes))
+        try:
+            for write, number in zip(writes, numbers, strict=True):
+                write.seal(number)
+            calls = [partial(_write_one, write) for write in writes]
+            results: list[bool | BaseException]
+            try:
+                results = await self._pool.submit(calls).done
+            except Overloaded as refused:
+                results = [refused] * len(writes)
+            touched = {write.segment for write, result in zip(writes, results, strict=True) if result is True}
+            synced = dict(zip(touched, await asyncio.gather(*(self._sync(one) for one in touched)), strict=True))
+            return [
+                Outcome(number, synced[write.segment] if result is True else _error(result))
+                for write, number, result in zip(writes, numbers, results, strict=True)
+            ]
+        finally:
+            for number in numbers:
+                del self._open[number]
+            self._room.set()
+
+    async def _enter(self, count: int) -> range:
+        async with self._entering:
+            while self._open and self._next + count - next(iter(self._open)) > WINDOW:
+                self._room.clear()
+                await self._room.wait()
+            numbers = range(self._next, self._next + count)
+            self._next += count
+            self._open |= dict.fromkeys(numbers)
+            return numbers
+
+    async def _sync(self, segment: Segment) -> BaseException | None:
+        if not self._durable:
+            return None
+        group = self._syncs.get(id(segment))
+        if group is None:
+            group = self._syncs[id(segment)] = _GroupSync(self._pool, segment)
+        try:
+            return await group.sync()
+        finally:
+            if group.idle:
+                self._syncs.pop(id(segment), None)
+
+
+class _GroupSync:
+    """Syncs of one file: at most one runs, and everyone who comes meanwhile shares the next."""
+
+    def __init__(self, pool: IoPool, segment: Segment) -> None:
+        self._pool = pool
+        self._segment = segment
+        self._running: asyncio.Task[BaseException | None] | None = None
+        self._following: asyncio.Task[BaseException | None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self._running is None and self._following is None
+
+    async def sync(self) -> BaseException | None:
+        """Returns after a sync that began after this call: None, or why it failed."""
+        if self._running is None:
+            task = self._running = asyncio.create_task(self._run(None))
+        elif self._following is None:
+            task = self._following = asyncio.create_task(self._run(self._running))
+        else:
+            task = self._following
+        return await asyncio.shield(task)
+
+    async def _run(self, before: "asyncio.Task[BaseException | None] | None") -> BaseException | None:
+        if before is not None:
+            await asyncio.wait([before])
+            self._running, self._following = self._following, None
+        try:
+            (result,) = await self._pool.submit([partial(_sync_one, self._segment)]).done
+        except Overloaded as refused:
+            result = refused
+        finally:
+            if self._following is None:
+                self._running = None
+        return result if isinstance(result, BaseException) else None
+
+
+def _error(result: bool | BaseException) -> BaseException:
+    assert isinstance(result, BaseException)
+    return result
+
+
+def _write_one(write: SlotWrite) -> bool:
+    write.segment.write_slot(write.slot, write.image)
+    return True
+
+
+def _sync_one(segment: Segment) -> bool:
+    segment.sync()
+    return True
