@@ -129,7 +129,7 @@ class Filler:
             good = len(slots)
         except PenstockError as error:
             good = min(_filled_prefix(granted), reusable_blocks(len(request.prompt), self._block_tokens))
-            report.fallback = f"prefill {request.route.prefill}: {error.message}"
+            report.fallback = f"prefill: {error.message}"
             log.warning("fallback", request_id=request.id, reason=report.fallback, blocks_kept=good)
         finally:
             keeping.cancel()
@@ -172,9 +172,13 @@ class Filler:
         return [self._stage.view(slot) for slot in slots]
 
     def _freer(self, slots: Sequence[int]) -> Callable[[], None]:
-        """Frees the slots once, from whichever thread."""
+        """Frees the slots, from whichever thread."""
         loop = asyncio.get_running_loop()
-        return lambda: loop.call_soon_threadsafe(self._stage.free, slots)
+
+        def free() -> None:
+            loop.call_soon_threadsafe(self._stage.free, slots)
+
+        return free
 
 
 def _filled_prefix(lease: Lease) -> int:

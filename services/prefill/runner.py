@@ -157,4 +157,7 @@ class _Shared:
             self._free()
 
     def threadsafe(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-        return lambda: loop.call_soon_threadsafe(self.let_go)
+        def let_go() -> None:
+            loop.call_soon_threadsafe(self.let_go)
+
+        return let_go

@@ -12,7 +12,7 @@ A `Chain` follows one sequence:
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
 from common.blocks import BlockKey, ChainRoot, Namespace, extend_keys
@@ -21,6 +21,7 @@ from common.errors import PenstockError
 from common.logs import Log
 from common.transport.interface import Part, PartStatus
 from common.transport.pool import TransportPool
+from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
 from services.worker.loading import KvStores
 from services.worker.slots import SlotPool
@@ -187,11 +188,11 @@ class Writer:
         wanted = [i for i, admission in enumerate(reservation.admissions) if admission is Admission.ACCEPTED]
         held = {Admission.ACCEPTED, Admission.PRESENT, Admission.IN_FLIGHT}
         complete = all(admission in held for admission in reservation.admissions)
-        if not wanted:
+        if not wanted or reservation.token is None:
             return complete
         async with self._slots.lend(len(wanted)) as slots:
             copies = [(first + i, self._stage.view(slot)) for i, slot in zip(wanted, slots, strict=True)]
-            await self._engine.call(lambda engine: [engine.export(chain.sequence_id, b, b + 1, [view]) for b, view in copies])
+            await self._engine.call(lambda engine: _export(engine, chain.sequence_id, copies))
             transport = self._transports.transport(reservation.endpoint)
             parts = [Part(i, 0, size) for i in wanted]
             spans = [self._stage.span(slot) for slot in slots]
@@ -203,6 +204,12 @@ class Writer:
         self.written_blocks += stored
         self.written_bytes += stored * size
         return complete and stored == len(wanted)
+
+
+def _export(engine: Engine, sequence_id: str, copies: Sequence[tuple[int, memoryview]]) -> None:
+    """On the engine's thread: copies single blocks into the views."""
+    for block, view in copies:
+        engine.export(sequence_id, block, block + 1, [view])
 
 
 class _Lane:
