@@ -11,6 +11,7 @@ Life of a `Generation`:
 """
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -97,6 +98,9 @@ class Generator:
         self.metrics = metrics
         self.in_flight = 0
         self.draining = False
+        self.idle = asyncio.Event()  # nothing is in flight
+        self.idle.set()
+        self.serials = itertools.count()
         self._threads = ThreadPoolExecutor(2, "tokenise")
 
     def open(self, work: Work) -> "Generation":
@@ -129,6 +133,7 @@ class Generation:
     def __init__(self, generator: Generator, work: Work) -> None:
         self._g = generator
         self.work = work
+        self._serial = next(generator.serials)  # clients may reuse a request id
         self._choices = self._make_choices()
         self._inbox: deque[tuple[Choice, str, Step]] = deque()
         self._wake: asyncio.Event = asyncio.Event()
@@ -166,6 +171,7 @@ class Generation:
     async def __aenter__(self) -> "Generation":
         self._g.refuse_when_full(self.work.sequences)
         self._g.in_flight += self.work.sequences
+        self._g.idle.clear()
         self._span, self._traceparent = tracing.begin(
             "request",
             self.work.traceparent,
@@ -189,6 +195,8 @@ class Generation:
         for choice in self._choices:
             self._leave(choice)
         self._g.in_flight -= self.work.sequences
+        if not self._g.in_flight:
+            self._g.idle.set()
         self._report(error)
 
     def __aiter__(self) -> "Generation":
@@ -359,7 +367,7 @@ class Generation:
         peer = self._g.cluster.peer("decode", decision.decode)
         if peer is None or peer.connection is None:
             raise Unavailable(f"decode worker {decision.decode}: not connected")
-        stream_id = f"{self.work.id}-{choice.index}-{choice.moves}"
+        stream_id = f"{self.work.id}.{self._serial}.{choice.index}.{choice.moves}"
         remaining_s = max(0.001, self._deadline - time.monotonic())
         message = pb.Start(
             request_id=stream_id,

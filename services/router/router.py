@@ -4,7 +4,6 @@ Life: bound -> serving (health says so; ready once the handshakes prove it) -> d
 """
 
 import asyncio
-from pathlib import Path
 
 from common import rpc
 from common.logs import Log
@@ -19,8 +18,6 @@ from services.router.settings import RouterSettings
 from services.router.status import Facts
 from services.router.stores import LeaseKeeper
 from services.router.web import Web
-
-DRAIN_POLL_S = 0.02
 
 log = Log("router")
 
@@ -48,11 +45,11 @@ class Router:
             Unavailable: a port is in use.
         """
         model = await asyncio.to_thread(load, config.model)
-        name = config.served_name or Path(config.model).resolve().name
+        name = config.served_name or model.directory.name
         static = {"decode": config.decode, "prefill": config.prefill, "kvstore": config.kvstore}
         cluster = Cluster(name, static, config.nats)
         generator = Generator(config, model, cluster, LeaseKeeper(config.lease_s), Metrics(name))
-        facts = Facts(generator, cluster, name, str(Path(config.model).resolve()))
+        facts = Facts(generator, cluster, name, str(model.directory))
         web = Web(Api(generator, facts, keys).app(), config.host, config.port)
         service = PenstockService(generator, facts, keys)
         grpc_server = await rpc.serve(
@@ -104,10 +101,9 @@ class Router:
         """Refuses what is new, lets what runs end within `drain_s`, closes both servers."""
         self._generator.draining = True
         await self._grpc.set_serving(False)
-        give_up_at = asyncio.get_running_loop().time() + self._config.drain_s
-        while self._generator.in_flight and asyncio.get_running_loop().time() < give_up_at:
-            await asyncio.sleep(DRAIN_POLL_S)
-        if self._generator.in_flight:
+        try:
+            await asyncio.wait_for(self._generator.idle.wait(), self._config.drain_s)
+        except TimeoutError:
             log.warning("drain_cut_short", in_flight=self._generator.in_flight)
         await asyncio.gather(self._web.stop(1.0), self._grpc.stop(1.0))
         await self._generator.keeper.settle()
