@@ -62,6 +62,7 @@ class Router:
 
     async def run(self, stop: asyncio.Event) -> None:
         self._web.start()
+        log.event("listening", http=f"http://{self.http_address}", grpc=self.grpc_address)
         tasks = [
             asyncio.create_task(self._generator.cluster.run(), name="cluster"),
             asyncio.create_task(self._generator.keeper.run(), name="leases"),

@@ -31,10 +31,12 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         200
     )
     lease_s: Annotated[float, Meta(ge=1, le=3600, description="life of a lookup's lease between renewals")] = 30.0
-    direct_tail_tokens: Annotated[
-        int | None,
-        Meta(ge=0, description="longest uncached tail that decode computes itself; unset: from measured prefill speed"),
-    ] = None
+    direct_tail_tokens: (
+        Annotated[
+            int, Meta(ge=0, description="longest uncached tail that decode computes itself; unset: from measured prefill speed")
+        ]
+        | None
+    ) = None
     failover_wait_s: Annotated[float, Meta(ge=0, description="how long a request whose decode worker died waits for another")] = (
         15.0
     )
