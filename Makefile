@@ -24,7 +24,7 @@ setup: $(STAMP)  ## create .venv and install everything at the locked versions (
 
 $(STAMP): pyproject.toml requirements.lock
 	@test -n "$(PY)" && "$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "Penstock needs Python 3.11 or newer, and '$(PY)' is not one ($$("$(PY)" --version 2>&1 || true))."; \
+		echo "Penstock needs Python 3.11 or newer, and '$(PY)' is not one ($$("$(PY)" --version 2>&1 | head -n 1))."; \
 		echo "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv; macOS: brew install python@3.13), or name yours: make PY=/path/to/python3 setup"; \
 		exit 1; }
 	@test -x "$(BIN)/python" || { echo "Creating $(VENV) with $$("$(PY)" --version) ..."; "$(PY)" -m venv "$(VENV)"; } || { \

@@ -24,6 +24,7 @@ from common.errors import SettingsError
 
 SECTIONS = ("router", "kvstore", "prefill", "decode", "up", "load", "bench")
 _PREFIX = "PENSTOCK_"
+_PROGRAMS = {name: f"python -m services.{name}" for name in ("router", "kvstore", "prefill", "decode")} | {"up": "penstock up"}
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -59,7 +60,7 @@ def shown(settings: msgspec.Struct) -> dict[str, Any]:
 def parser(kind: type[msgspec.Struct], section: str, about: str) -> argparse.ArgumentParser:
     """Flags for every field of `kind`, `--config FILE` beside them. Values are checked by `convert`."""
     out = argparse.ArgumentParser(
-        prog=f"python -m services.{section}" if section in ("router", "kvstore", "prefill", "decode") else None,
+        prog=_PROGRAMS.get(section),
         description=about,
         epilog=f"Each flag is also a key of [{section}] in the TOML file, and a variable {_PREFIX}{section.upper()}_<KEY>.",
         allow_abbrev=False,

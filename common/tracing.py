@@ -50,6 +50,15 @@ def span(name: str, parent: str = "", kind: SpanKind = SpanKind.INTERNAL, **attr
         yield current
 
 
+def begin(name: str, parent: str = "", **attributes: Any) -> tuple[Span, str]:
+    """A span that is ended by hand and is nobody's current one, with its traceparent: for work that spans tasks."""
+    context = _propagator.extract({"traceparent": parent}) if parent else None
+    current = _tracer.start_span(name, context=context, attributes=attributes)
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier, trace.set_span_in_context(current))
+    return current, carrier.get("traceparent", "")
+
+
 def record(name: str, seconds: float, parent: str, **attributes: Any) -> None:
     """A span that ends now and began `seconds` ago: for stages measured elsewhere."""
     if not parent:

@@ -134,9 +134,11 @@ class DecodeConnection:
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
-            raise Overloaded(f"decode worker {self.address}: {OUTGOING_MAX} messages wait to be sent", retry_after_s=1.0) from None
+            raise Overloaded(
+                f"decode worker {self.address}: {OUTGOING_MAX} messages wait to be sent", retry_after_s=1.0
+            ) from None
 
-    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader sees the same loss
             while True:
                 await call.write(await self._outgoing.get())
@@ -167,9 +169,7 @@ def step_from_pb(message: pb.SequenceStep) -> Step:
     error = None
     if message.finish == FinishReason.ERROR:
         given = message.error
-        error = from_code(
-            given.code, given.message, param=given.param or None, retry_after_s=given.retry_after_s or None
-        )
+        error = from_code(given.code, given.message, param=given.param or None, retry_after_s=given.retry_after_s or None)
     return Step(
         tokens=tokens_from_pb(message.tokens),
         finish=_finish(message.finish),

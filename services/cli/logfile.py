@@ -98,13 +98,15 @@ def last_lines(path: Path, count: int, since: int = 0) -> Sequence[str]:
 
 def reason_in(path: Path, since: int = 0) -> str | None:
     """Why the service ended, where its log says so after byte `since`."""
-    for line in reversed(_end_of(path, since)):
+    lines = [line for line in _end_of(path, since) if line.strip()]
+    for line in reversed(lines):
         record = read_line(line)
         if "reason" in record.fields and record.level == "error":
             return str(record.fields["reason"])
         if not record.event and _LAST_OF_TRACEBACK.match(line):
             return line.strip().removeprefix("common.errors.")
-    return None
+    last = read_line(lines[-1]) if lines else None
+    return last.text.strip() if last is not None and not last.event else None  # a wrong flag: said before logs are set up
 
 
 def _end_of(path: Path, since: int) -> list[str]:

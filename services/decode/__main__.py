@@ -5,11 +5,12 @@ import sys
 
 from common import process
 from services.decode.settings import DecodeSettings
-from services.decode.worker import DecodeWorker
-from services.worker.node import serve_worker
 
 
 async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
+    from services.decode.worker import DecodeWorker  # brings torch, which --help and a wrong flag do without
+    from services.worker.node import serve_worker
+
     await serve_worker("decode", settings, stop, DecodeWorker)
 
 

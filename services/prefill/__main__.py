@@ -5,11 +5,12 @@ import sys
 
 from common import process
 from services.prefill.settings import PrefillSettings
-from services.prefill.worker import PrefillWorker
-from services.worker.node import serve_worker
 
 
 async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
+    from services.prefill.worker import PrefillWorker  # brings torch, which --help and a wrong flag do without
+    from services.worker.node import serve_worker
+
     await serve_worker("prefill", settings, stop, PrefillWorker)
 
 

@@ -30,7 +30,10 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
 class Model:
     """Text to token ids and back. Thread-safe; encoding long text releases the GIL."""
 
-    def __init__(self, tokenizer: Any, defaults: GenerationDefaults, context_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, directory: Path, tokenizer: Any, defaults: GenerationDefaults, context_tokens: int, vocab_size: int
+    ) -> None:
+        self.directory = directory
         self._tokenizer = tokenizer
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         if self._fast is not None:
@@ -110,7 +113,7 @@ def load(directory: str) -> Model:
     if not isinstance(context, int) or context < 1:
         raise UnsupportedModel(f"{path / 'config.json'}: max_position_embeddings = {context!r}: expected a positive integer")
     vocab_size = text_config.get("vocab_size")
-    return Model(tokenizer, generation_defaults(path, config, tokenizer), context, int(vocab_size or len(tokenizer)))
+    return Model(path.resolve(), tokenizer, generation_defaults(path, config, tokenizer), context, int(vocab_size or len(tokenizer)))
 
 
 def generation_defaults(path: Path, config: Mapping[str, Any], tokenizer: Any) -> GenerationDefaults:

@@ -103,11 +103,17 @@ class Route(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Refusal(msgspec.Struct, frozen=True):
-    """No worker can take the request now. `overloaded`: there are workers, but all are full."""
+class Why(StrEnum):
+    UNAVAILABLE = "unavailable"  # no worker is there
+    OVERLOADED = "overloaded"  # there are, but all are full
+    TOO_LARGE = "too_large"  # the request fits in none, now or later
 
+
+class Refusal(msgspec.Struct, frozen=True):
+    """No worker can take the request."""
+
+    why: Why
     reason: str
-    overloaded: bool = False
     retry_after_s: float = 1.0
 
 
@@ -135,15 +141,16 @@ def place_decode(request: Query, view: ClusterView, now: float) -> tuple[DecodeV
     """The two-phase rule over the decode workers that could take the request."""
     usable = [w for w in view.decodes if w.connected and not w.draining and w.namespace == view.namespace]
     if not usable:
-        return Refusal("no decode worker is connected that isn't draining")
+        return Refusal(Why.UNAVAILABLE, "no decode worker is connected that isn't draining")
     fitting = [w for w in usable if w.pool_tokens == 0 or request.prompt_tokens < w.pool_tokens]
     if not fitting:
         largest = max(w.pool_tokens for w in usable)
-        return Refusal(f"the prompt has {request.prompt_tokens} tokens and the largest KV pool holds {largest}")
+        reason = f"the prompt has {request.prompt_tokens} tokens and the largest KV pool holds {largest}"
+        return Refusal(Why.TOO_LARGE, reason)
     free = [w for w in fitting if w.full_until <= now]
     if not free:
         wait_s = max(0.1, min(w.full_until for w in fitting) - now)
-        return Refusal(f"all {len(fitting)} decode workers are full", overloaded=True, retry_after_s=wait_s)
+        return Refusal(Why.OVERLOADED, f"all {len(fitting)} decode workers are full", retry_after_s=wait_s)
     candidates = [w for w in free if w.address not in request.avoid] or free
     total = request.prompt_tokens + sum(w.tokens for w in candidates)
     limit = Z_FACTOR * total / len(candidates)

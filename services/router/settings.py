@@ -20,20 +20,26 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     prefill: Annotated[tuple[str, ...], Meta(description="static prefill workers, host:port")] = ()
     kvstore: Annotated[tuple[str, ...], Meta(description="static kvstores, host:port")] = ()
     api_key: Annotated[tuple[str, ...], Meta(description="accepted API keys; prefer the file or the variable to the flag")] = ()
-    api_keys_file: Annotated[str, Meta(description="file with one accepted API key a line; empty and no api_key: open to all")] = ""
+    api_keys_file: Annotated[
+        str, Meta(description="file with one accepted API key a line; empty and no api_key: open to all")
+    ] = ""
     requests_max: Annotated[int, Meta(ge=1, description="sequences in flight; more are refused at once (429)")] = 512
     sequences_per_request_max: Annotated[int, Meta(ge=1, description="prompts times n of one request")] = 64
     body_bytes_max: Annotated[int, Meta(ge=1024, description="largest request body")] = 32 << 20
     request_timeout_s: Annotated[float, Meta(gt=0, description="time a request may take in all")] = 1800.0
-    lookup_timeout_ms: Annotated[int, Meta(ge=1, description="how long to wait for the kvstore before treating it as a miss")] = 200
+    lookup_timeout_ms: Annotated[int, Meta(ge=1, description="how long to wait for the kvstore before treating it as a miss")] = (
+        200
+    )
     lease_s: Annotated[float, Meta(ge=1, le=3600, description="life of a lookup's lease between renewals")] = 30.0
-    direct_tail_tokens: Annotated[
-        int | None,
-        Meta(ge=0, description="longest uncached tail that decode computes itself; unset: from measured prefill speed"),
-    ] = None
-    failover_wait_s: Annotated[
-        float, Meta(ge=0, description="how long a request whose decode worker died waits for another")
-    ] = 15.0
+    direct_tail_tokens: (
+        Annotated[
+            int, Meta(ge=0, description="longest uncached tail that decode computes itself; unset: from measured prefill speed")
+        ]
+        | None
+    ) = None
+    failover_wait_s: Annotated[float, Meta(ge=0, description="how long a request whose decode worker died waits for another")] = (
+        15.0
+    )
     ready_needs_kvstore: Annotated[
         bool, Meta(description="not ready until a kvstore answers; --no-ready-needs-kvstore serves without one")
     ] = True

@@ -1,0 +1,110 @@
+"""One sequence of a request as the router follows it: tokens in, text out, and where it runs.
+
+The text is cut at stop strings; a stop or eos token is counted but not shown. The state survives
+a move to another decode worker: `output` holds every token so far, and is sent along.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from common.clients.decode import DecodeConnection, Report, Step
+from common.errors import PenstockError
+from common.generation import FinishReason, Sampling, Token
+from services.router.detokenize import Detokenizer
+from services.router.peers import Peer
+from services.router.placement import Route
+from services.router.stop_strings import StopStrings
+from services.router.stores import Found
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What became known of one choice. `stop_reason`: the stop string or stop token id that ended it; None for eos."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Placement(msgspec.Struct):
+    """Where a choice runs now, and what must be given back when it ends or moves."""
+
+    route: Route
+    peer: Peer
+    connection: DecodeConnection
+    stream_id: str
+    tokens: int  # counted at the peer
+    prefill: Peer | None = None  # counted there until the first token
+    prefill_tokens: int = 0
+    found: Found | None = None
+
+
+class Choice:
+    """State of one sequence. `placement` is None before it is placed and after it ended."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        include_stop: bool,
+    ) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.sampling = sampling
+        self.output: list[int] = []
+        self.finish: FinishReason | None = None
+        self.placement: Placement | None = None
+        self.route: Route | None = None
+        self.namespace = ""  # of the worker that began it
+        self.report: Report | None = None  # the first worker's, for cached tokens
+        self.last_report: Report | None = None
+        self.avoid: frozenset[str] = frozenset()
+        self.moves = 0
+        self.failure: PenstockError | None = None  # why it moves
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._include_stop = include_stop
+
+    def __repr__(self) -> str:
+        return f"<Choice {self.index} output={len(self.output)} finish={self.finish} moves={self.moves}>"
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.report.cached_tokens if self.report else 0
+
+    def advance(self, step: Step) -> Delta:
+        """Takes in a step that is not an error."""
+        if step.report is not None:
+            self.report = self.report or step.report
+            self.last_report = step.report
+        text, tokens = "", step.tokens
+        stop_reason: str | int | None = None
+        for position, token in enumerate(step.tokens):
+            self.output.append(token.id)
+            ends = step.stop_token is not None and position == len(step.tokens) - 1
+            if ends and not self._include_stop:
+                break
+            text += self._show(self._detokenizer.push(token.id))
+            if self._stops.matched is not None:
+                tokens = step.tokens[: position + 1]
+                break
+        finish = step.finish
+        if finish is not None and self._stops.matched is None:
+            text += self._show(self._detokenizer.flush())
+            if self._stops.matched is None:
+                text += self._stops.flush()
+        if self._stops.matched is not None:
+            finish, stop_reason = FinishReason.STOP, self._stops.matched
+            text += self._stops.matched if self._include_stop else ""
+        elif step.stop_token is not None and step.stop_token not in self.sampling.eos_token_ids:
+            stop_reason = step.stop_token
+        self.finish = finish
+        return Delta(self.index, text, tokens, finish, stop_reason)
+
+    def _show(self, text: str) -> str:
+        return self._stops.feed(text, armed=len(self.output) > self.sampling.min_tokens)
