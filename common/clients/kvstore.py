@@ -33,10 +33,10 @@ class StoredPrefix(msgspec.Struct, frozen=True):
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """One admission per offered block: item i is blocks[i]. `token` is None when none was accepted."""
+    """One admission per offered block: item i is blocks[i]. `token` is empty when none was accepted."""
 
     admissions: tuple[Admission, ...]
-    token: LeaseToken | None
+    token: LeaseToken
     ttl_s: float
     endpoint: Endpoint
     epoch: bytes
@@ -80,11 +80,9 @@ class KvStoreClient:
         reply = cast(pb.LookupReply, await rpc.call(pending, self.address))
         if not reply.blocks:
             return None
-        if len(reply.token) != TOKEN_BYTES or reply.blocks > len(keys):
-            raise Internal(
-                f"kvstore {self.address} found {reply.blocks} of {len(keys)} blocks, token of {len(reply.token)} bytes"
-            )
-        return StoredPrefix(reply.blocks, LeaseToken(reply.token), reply.ttl_ms / 1000, _endpoint(reply.endpoint), reply.epoch)
+        if reply.blocks > len(keys):
+            raise Internal(f"kvstore {self.address} found {reply.blocks} of {len(keys)} blocks")
+        return StoredPrefix(reply.blocks, lease_token(reply.token), reply.ttl_ms / 1000, _endpoint(reply.endpoint), reply.epoch)
 
     async def count(self, namespace: Namespace, keys: Sequence[bytes], *, deadline_s: float | None = None) -> int:
         """How many leading blocks of a chain are stored, without a lease."""
@@ -103,7 +101,7 @@ class KvStoreClient:
         if len(reply.admissions) != len(blocks):
             raise Internal(f"kvstore {self.address} answered {len(reply.admissions)} of {len(blocks)} blocks")
         admissions = tuple(map(Admission, reply.admissions))
-        token = lease_token(reply.token) if reply.token else None
+        token = lease_token(reply.token) if reply.token else LeaseToken(b"")
         return Reservation(admissions, token, reply.ttl_ms / 1000, _endpoint(reply.endpoint), reply.epoch)
 
     async def renew(self, token: LeaseToken, lease_s: float, *, deadline_s: float | None = None) -> float:

@@ -134,7 +134,7 @@ def _publish(settings: KvStoreSettings, store: Store, area: StoreArea, stack: As
             "write_buffer_bytes": ("Write buffers in use", area.image_buffers.taken_bytes),
         }
     )
-    if settings.metrics_port is None:
+    if not settings.metrics_port:
         return
     try:
         http, thread = start_http_server(settings.metrics_port, settings.host, store.metrics.registry)
