@@ -4,7 +4,7 @@
 first import, `patching` puts them under a model's `nn.Linear` modules.
 """
 
-from services.worker.kernels.ops import BUILD, available, linear, paged_attention_decode, paged_attention_prefill
+from services.worker.kernels.ops import BUILD, available, linear, paged_attention_decode, paged_attention_prefill, set_threads
 from services.worker.kernels.patching import patch_linears
 
-__all__ = ["BUILD", "available", "linear", "paged_attention_decode", "paged_attention_prefill", "patch_linears"]
+__all__ = ["BUILD", "available", "linear", "paged_attention_decode", "paged_attention_prefill", "patch_linears", "set_threads"]

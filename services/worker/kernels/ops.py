@@ -41,6 +41,21 @@ if BUILD.library is not None:
     _linear.restype = _decode.restype = _prefill.restype = None
 
 
+_threads: int | None = None
+
+
+def set_threads(count: int | None) -> None:
+    """How many threads the kernels use, the caller's included; `None` follows `torch.get_num_threads()`.
+
+    Where several processes share the cores, give torch one thread and the kernels all of them: a loop of torch's OpenMP pool
+    ends when every thread has arrived, which costs a scheduler slice (8-20 ms) whenever one is not running; a loop of ours
+    ends when the work is done.
+    """
+    global _threads
+    assert count is None or count > 0, f"{count} threads"
+    _threads = count
+
+
 def available() -> bool:
     """Whether the compiled kernels are loaded; `BUILD.reason` says why or from where."""
     return BUILD.library is not None
@@ -60,7 +75,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous(), f"bias {tuple(bias.shape)} {bias.dtype}"
         bias_at = bias.data_ptr()
     m = x.numel() // k
-    _linear(kind, m, n, k, x.data_ptr(), w.data_ptr(), bias_at, y.data_ptr(), torch.get_num_threads())
+    _linear(kind, m, n, k, x.data_ptr(), w.data_ptr(), bias_at, y.data_ptr(), _threads or torch.get_num_threads())
     return y
 
 
@@ -158,6 +173,6 @@ def _call(
         block_table.shape[0], q_heads, kv_heads, head_dim, q.stride(0),
         block_tokens, k.stride(0), k.stride(1), k.stride(2), block_table.stride(0),
         q.data_ptr(), k.data_ptr(), v.data_ptr(), block_table.data_ptr(), out.data_ptr(), None if sinks is None else sinks.data_ptr(),
-        scale, softcap or 0.0, window or 0, KIND[q.dtype], KIND[k.dtype], torch.get_num_threads(),
+        scale, softcap or 0.0, window or 0, KIND[q.dtype], KIND[k.dtype], _threads or torch.get_num_threads(),
     )  # fmt: skip
     return q, out, sinks, call

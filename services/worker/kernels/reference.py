@@ -128,8 +128,7 @@ def _attend(
 
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    heads_first = (tensor.float().transpose(0, 1)[None] for tensor in (q, keys, values))
-    out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
-    )
+    queries, keys, values = (tensor.float().transpose(0, 1)[None] for tensor in (q, keys, values))
+    grouped = queries.shape[1] != keys.shape[1]
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=grouped)
     return out[0].transpose(0, 1).to(q.dtype)
