@@ -50,9 +50,9 @@ class LocalCluster:
         async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(SETTLE_DEADLINE_S):
             before, quiet = -1, 0
             while quiet < 3:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1.5)  # members are asked about once a second
                 status = (await http.get(f"{self.url}/v1/penstock/status")).json()
-                blocks = sum(store.get("blocks", 0) for store in status["kvstores"])
+                blocks = sum((member.get("store") or {}).get("blocks", 0) for member in status["members"])
                 quiet = quiet + 1 if blocks == before else 0
                 before = blocks
 

@@ -450,8 +450,10 @@ class Generation:
                 fields["tokens_per_s"] = round((self.completion_tokens - seen) / streaming_s, 1)
         if isinstance(error, PenstockError):
             fields["reason"] = error.message
-        if first.last_report is not None and first.last_report.fallback:
-            fields["fallback"] = first.last_report.fallback
+        if first.last_report is not None:
+            fields |= {"carrier": first.last_report.carrier, "preemptions": first.last_report.preemptions}
+            if first.last_report.fallback:
+                fields["fallback"] = first.last_report.fallback
         if moves := sum(choice.moves for choice in self._choices):
             fields["moves"] = moves
         log.event("request", **fields)

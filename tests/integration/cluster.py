@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -125,6 +126,7 @@ class Cluster:
         self.services: dict[str, Service] = {}
         self.addresses: dict[str, str] = {}
         self.url = ""
+        self._run: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "Cluster":
         try:
@@ -139,6 +141,10 @@ class Cluster:
             self.stop()
         else:
             self.kill()
+        if self._run is not None:
+            left = os.listdir(self._run.name)
+            self._run.cleanup()
+            assert kind is not None or not left, f"left in the run folder: {left}"
 
     def start(self) -> None:
         self.start_kvstore()
@@ -210,6 +216,7 @@ class Cluster:
         self.services[name] = Service(name, [sys.executable, "-m", f"services.{module}", *flags])
 
     def _run_dir(self) -> str:
-        path = self.data / "run"
-        path.mkdir(parents=True, exist_ok=True)
-        return str(path)
+        """A short path: a unix socket's may have 107 bytes."""
+        if self._run is None:
+            self._run = tempfile.TemporaryDirectory(prefix="pn-")
+        return self._run.name
