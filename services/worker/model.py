@@ -23,6 +23,8 @@ from services.worker import checkpoint as checkpoints
 from services.worker.checkpoint import Checkpoint, OnProgress
 from services.worker.engine import attention
 from services.worker.engine.pool import DTYPES
+from services.worker.kernels import ops as kernel_ops
+from services.worker.kernels.patching import patch_linears
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +78,13 @@ def load_model(
     dtype: str = "auto",
     block_tokens: int = 0,
     context_tokens: int = 0,
+    kernels: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint. 0 and "auto" choose from the model, as `WorkerSettings` says.
 
     Args:
+        kernels: "auto", "off" or "require": the compiled CPU kernels.
         on_progress: called with (bytes done, bytes in all) while the weights are read; from several threads.
 
     Raises:
@@ -89,6 +93,7 @@ def load_model(
     """
     directory = Path(directory)
     place = resolve_device(device)
+    compiled = use_kernels(kernels, place)
     checkpoint = checkpoints.inspect(directory)
     config = read_config(checkpoint)
     dtype = resolve_dtype(checkpoint, config, dtype)
@@ -99,6 +104,8 @@ def load_model(
         model = _load_weights(directory, config, DTYPES[dtype], place)
         weights = digest.result()
     _probe(model, layout, place)
+    if compiled:
+        patch_linears(model)
     return LoadedModel(
         model=model,
         config=config,
@@ -108,6 +115,7 @@ def load_model(
         vocab_size=config.vocab_size,
         device=place,
         dtype=DTYPES[dtype],
+        kernels=compiled,
     )
 
 
@@ -121,6 +129,19 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def use_kernels(mode: str, device: torch.device) -> bool:
+    """Whether the compiled CPU kernels serve; `mode` as in `WorkerSettings.kernels`."""
+    if mode not in ("auto", "off", "require"):
+        raise SettingsError(f"kernels = {mode!r}; expected auto, off or require")
+    if mode == "off" or device.type != "cpu":
+        return False
+    if not kernel_ops.available():
+        if mode == "require":
+            raise SettingsError(f"kernels = require, but {kernel_ops.BUILD.reason}")
+        log.warning("%s", kernel_ops.BUILD.reason)
+    return kernel_ops.available()
 
 
 def read_config(checkpoint: Checkpoint) -> Any:

@@ -30,7 +30,8 @@ class Tiny:
 
     family: str
     directory: Path
-    loaded: LoadedModel
+    loaded: LoadedModel  # with the compiled kernels, where there is a compiler
+    torch_only: LoadedModel
     oracle: PreTrainedModel
     _known: dict[tuple[tuple[int, ...], int], tuple[list[int], torch.Tensor]] = field(default_factory=dict)
 
@@ -54,8 +55,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     def get(family: str) -> Tiny:
         if family not in made:
             directory = save_tiny(family, tmp_path_factory.mktemp(family), seed=1)
-            loaded = load_model(directory, device="cpu", block_tokens=BLOCK_TOKENS)
-            made[family] = Tiny(family, directory, loaded, load_oracle(directory))
+            loaded, torch_only = (
+                load_model(directory, device="cpu", block_tokens=BLOCK_TOKENS, kernels=kernels) for kernels in ("auto", "off")
+            )
+            made[family] = Tiny(family, directory, loaded, torch_only, load_oracle(directory))
         return made[family]
 
     return get

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from services.worker.engine.batch import StepInput
+from services.worker.kernels import paged_attention_decode, paged_attention_prefill
 
 NAME = "penstock"
 
@@ -63,17 +64,76 @@ def _attention(
     return paging.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux), None  # type: ignore[arg-type]
 
 
+class PagedAttention(Paging, Protocol):
+    """A way to attend over one pool."""
+
+    def begin(self, step: StepInput) -> Paging:
+        """The paging object of the next forward pass."""
+        ...
+
+
+def layers_of(pool: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the pages of k and v, each `[block, token, kv_head, head_dim]`, strided in block."""
+    return [(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(pool.shape[1])]
+
+
+class KernelAttention:
+    """Writes a step's KV to the pool and attends with the compiled CPU kernels, which read the pages in place."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self._layers = layers_of(pool)
+        self._step: StepInput | None = None
+
+    def begin(self, step: StepInput) -> "KernelAttention":
+        self._step = step
+        return self
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        step = self._step
+        assert step is not None
+        k, v = self._layers[layer]
+        place = (step.block_ids, step.offsets)
+        k.index_put_(place, key[0].transpose(0, 1))
+        v.index_put_(place, value[0].transpose(0, 1))
+        queries, decodes = query[0].transpose(0, 1), step.decodes
+        out = []
+        if decodes:
+            tables, lengths = step.tables[:decodes], step.context_lens
+            out.append(
+                paged_attention_decode(
+                    queries[:decodes], k, v, tables, lengths, scale, window=window, softcap=softcap, sinks=sinks
+                )
+            )
+        if decodes < step.tokens:
+            tables = step.tables[decodes:]
+            out.append(
+                paged_attention_prefill(
+                    queries[decodes:], k, v, step.cu_seqlens, step.positions, tables, scale,
+                    window=window, softcap=softcap, sinks=sinks,
+                )
+            )  # fmt: skip
+        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+
 class TorchAttention:
     """Writes a step's KV to the pool and attends, with torch operations only."""
 
     def __init__(self, pool: Tensor) -> None:
-        # Per layer: k and v, each [block, token, kv_head, head_dim], strided in block.
-        self._layers = [(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(pool.shape[1])]
+        self._layers = layers_of(pool)
         self._step: StepInput | None = None
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def begin(self, step: StepInput) -> "TorchAttention":
-        """The paging object of the next forward pass."""
         self._step = step
         self._masks = {}
         return self
@@ -92,8 +152,9 @@ class TorchAttention:
         step = self._step
         assert step is not None
         keys, values = self._layers[layer]
-        keys[step.block_ids, step.offsets] = key[0].transpose(0, 1)
-        values[step.block_ids, step.offsets] = value[0].transpose(0, 1)
+        place = (step.block_ids, step.offsets)
+        keys.index_put_(place, key[0].transpose(0, 1))
+        values.index_put_(place, value[0].transpose(0, 1))
         heads = (scale, softcap, sinks)
         parts = []
         if step.decodes:

@@ -29,7 +29,7 @@ class StepInput:
     context_lens: `[decodes]` int32, keys each decode row sees, its own included.
     bounds: chunk row bounds, starting at 0, on the host; `cu_seqlens` is the same as `[chunks + 1]` int32.
     starts: position of each chunk's first token, on the host.
-    positions: `[tokens - decodes]` int32, of the chunks' rows.
+    positions: `[tokens - decodes]` int64, of the chunks' rows.
     sample_rows: `[samples]` int64, rows whose logits are wanted; `sampling` are their sequences.
     """
 
@@ -94,7 +94,7 @@ class StepTables:
             bounds=bounds,
             starts=[chunk.start for chunk in chunks[decodes:]],
             cu_seqlens=self._tensor(np.array(bounds, dtype=np.int32)),
-            positions=self._tensor(positions[decodes:].astype(np.int32)),
+            positions=self._tensor(positions[decodes:]),
             sample_rows=self._tensor(np.array([ends[i] - 1 for i, c in enumerate(chunks) if c.samples], dtype=np.int64)),
             sampling=[chunk.sequence for chunk in chunks if chunk.samples],
         )

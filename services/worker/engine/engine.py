@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.errors import ContextExceeded, Internal, InvalidRequest, NotFound, PenstockError
 from common.generation import FinishReason, Token
-from services.worker.engine.attention import TorchAttention
+from services.worker.engine.attention import KernelAttention, PagedAttention, TorchAttention
 from services.worker.engine.batch import StepInput, StepTables
 from services.worker.engine.pool import BlockPool, blocks_for, pool_blocks
 from services.worker.engine.sampling import Sampled, sample
@@ -78,7 +78,7 @@ class Engine:
             step_tokens_max=step_tokens_max,
         )
         self._tables = StepTables(sequences_max, blocks_for(self.context_tokens, block_tokens), block_tokens, model.device)
-        self._attention = TorchAttention(self.pool.tensor)
+        self._attention: PagedAttention = (KernelAttention if model.kernels else TorchAttention)(self.pool.tensor)
         self._live: dict[str, Sequence] = {}
         self._held: dict[str, Sequence] = {}
         self._spans: list[Span] = []

@@ -22,16 +22,18 @@ def assert_same(outcome, expected) -> None:
         )
 
 
+@pytest.mark.parametrize("kernels", ["kernels", "torch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_gives_the_oracles_tokens_and_logprobs_alone_in_chunks_and_in_a_batch(family, tiny) -> None:
+def test_family_gives_the_oracles_tokens_and_logprobs_alone_in_chunks_and_in_a_batch(family, kernels, tiny) -> None:
     model = tiny(family)
+    loaded = model.loaded if kernels == "kernels" else model.torch_only
     prompts = {str(length): make_prompt(length, seed=3) for length in (1, 15, 16, 17, 40, 70)}
-    engine = make_engine(model.loaded, step_tokens_max=23)
+    engine = make_engine(loaded, step_tokens_max=23)
     sampling = greedy(20, logprobs=3)
     outcomes = run(engine, [new(name, prompt, sampling) for name, prompt in prompts.items()])
     for name, prompt in prompts.items():
         assert_same(outcomes[name], model.generate(prompt, 20))
-    alone = run_one(make_engine(model.loaded), prompts["70"], sampling)
+    alone = run_one(make_engine(loaded), prompts["70"], sampling)
     assert_same(alone, model.generate(prompts["70"], 20))
 
 
@@ -100,6 +102,15 @@ def test_generation_ends_at_the_contexts_end(tiny) -> None:
     assert engine.context_tokens == 48
     outcome = run_one(engine, prompt, greedy(500, ignore_eos=True))
     assert (len(outcome.tokens), outcome.finish) == (8, "length")
+
+
+def test_kernels_and_torch_make_kv_that_the_other_can_use(tiny) -> None:
+    model, prompt = tiny("gemma2"), make_prompt(45)
+    expected = model.generate(prompt, 20)
+    for maker, user in ((model.loaded, model.torch_only), (model.torch_only, model.loaded)):
+        prefill, decode = make_engine(maker), make_engine(user)
+        run(prefill, [new("p", prompt, greedy(1), hold=True)])
+        assert_same(run_one(decode, prompt, greedy(20, logprobs=1), kv=exported_kv(prefill, "p", 44)), expected)
 
 
 def test_vocabulary_covers_every_generated_token(llama) -> None:
