@@ -23,7 +23,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 
 from common.errors import TransferFailed
 from common.transport.budget import Budget
@@ -43,7 +42,7 @@ from common.transport.frames import (
     encode,
 )
 from common.transport.interface import PARTS_MAX, LeaseToken, Part, PartStatus, Span
-from common.transport.memory import crc32c_off_loop
+from common.transport.memory import crc32c_in_turns
 from common.transport.region import Region
 from common.transport.streams import Bytes, ByteStream, discard, next_event
 
@@ -151,7 +150,7 @@ class Connection:
         received = self._stream.received_bytes
         try:
             async with asyncio.timeout_at(deadline):
-                checksums = [await crc32c_off_loop(view) for view in views] if op is Op.WRITE else [0] * len(parts)
+                checksums = [await crc32c_in_turns(view) for view in views] if op is Op.WRITE else [0] * len(parts)
                 await self._budget.acquire(size)
                 pending = self._submit(op, token, parts, spans, views, checksums, deadline, size)
                 return await asyncio.shield(pending.outcome)
@@ -313,9 +312,10 @@ class Connection:
     async def _receive_part(self, pending: "_Pending", view: memoryview, length: int, checksum: int) -> PartStatus:
         if self._mode is Mode.INLINE and not await self._stream.receive(view, length):
             return PartStatus.FAILED
-        if pending.abandoned:
+        try:
+            return PartStatus.OK if await crc32c_in_turns(view) == checksum else PartStatus.CORRUPT
+        except ValueError:  # taken back while it was checked
             return PartStatus.FAILED
-        return PartStatus.OK if await crc32c_off_loop(view) == checksum else PartStatus.CORRUPT
 
 
 class _Pending:
@@ -331,8 +331,7 @@ class _Pending:
 
     def release_views(self) -> None:
         for view in self.views:
-            with suppress(BufferError):  # complete, and its checksum is being computed in a thread
-                view.release()
+            view.release()
 
 
 def _check_reply(reply: Reply, request: Transfer, mode: Mode) -> None:

@@ -35,7 +35,7 @@ from common.transport.frames import (
     encode,
 )
 from common.transport.interface import Part, PartStatus
-from common.transport.memory import checksum_of_copy, crc32c_off_loop, run_copy
+from common.transport.memory import checksum_of_copy, crc32c_in_turns
 from common.transport.reception import Reception
 from common.transport.region import RemoteRegion
 from common.transport.streams import Bytes, ByteStream, discard, next_event
@@ -217,14 +217,14 @@ class Session:
             elif not await self._stream.receive(buffer, part.length):
                 self._abort(held, PartStatus.REJECTED, index)
             else:
-                await self._verify(event, held, index, crc32c_off_loop(buffer))
+                await self._verify(event, held, index, crc32c_in_turns(buffer))
 
     async def _fill_from_region(self, event: Transfer, held: "_Held", spans: Sequence[memoryview]) -> None:
         for index, span in enumerate(spans):
             buffer = held.buffers[index]
             if buffer is None:
                 continue
-            await self._verify(event, held, index, run_copy(checksum_of_copy, buffer, span))
+            await self._verify(event, held, index, checksum_of_copy(buffer, span))
             await asyncio.sleep(0)
 
     async def _verify(self, event: Transfer, held: "_Held", index: int, checksum: Coroutine[Any, Any, int]) -> None:
@@ -271,7 +271,9 @@ class Session:
 
     def _spans(self, event: Transfer) -> list[memoryview] | None:
         if event.payload_bytes != (event.total_bytes if event.op is Op.WRITE and self._region is None else 0):
-            raise ProtocolError(f"{event.op.name} with {event.payload_bytes} payload bytes: expected all or none, as the mode says")
+            raise ProtocolError(
+                f"{event.op.name} with {event.payload_bytes} payload bytes: expected all or none, as the mode says"
+            )
         if self._region is None:
             return None
         try:

@@ -6,8 +6,8 @@ Life of a lease: granted --> ended, by `revoke`, `release`, `free` of one of its
 Invariants:
 - A slot is free, owned or in limbo; `reserve` hands out free slots only, or refuses at once.
 - A peer writes only under a live WRITE lease. Ending it takes every buffer that is out back on the spot
-  (its memoryview is released); a buffer that a thread is copying into can't be released, and is waited
-  for: by `revoke`, or by its slot in limbo.
+  (its memoryview is released); one that a system call in a thread is writing can't be released, and is
+  waited for: by `revoke`, or by its slot in limbo.
 - An item is filled when every byte of its announced length was committed, each verified against its
   CRC-32C. What is committed is never overwritten: a repeated write is OK and dropped.
 """
@@ -21,7 +21,7 @@ from enum import Enum
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.counters import Counters
 from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus, Span
-from common.transport.memory import copy_with_checksum, crc32c_off_loop, run_copy
+from common.transport.memory import copy_with_checksum, crc32c_in_turns
 from common.transport.region import PAGE_BYTES, Region
 from services.worker.coverage import Coverage
 
@@ -236,9 +236,9 @@ class Stage:
                     continue
                 view = self.view(lease.slots[part.item], part.offset, part.length)
                 if into is None:
-                    results.append((PartStatus.OK, view, await crc32c_off_loop(view)))
+                    results.append((PartStatus.OK, view, await crc32c_in_turns(view)))
                 else:
-                    results.append((PartStatus.OK, into[index], await run_copy(copy_with_checksum, into[index], view)))
+                    results.append((PartStatus.OK, into[index], await copy_with_checksum(into[index], view)))
                 await asyncio.sleep(0)  # a long request must not keep the loop to itself
         self.counters.read.count([status for status, _, _ in results], [part.length for part in parts])
         return results

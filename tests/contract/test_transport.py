@@ -181,9 +181,15 @@ async def test_a_transfer_of_many_batches_arrives_whole(carrier: str, serving: S
         data = random.Random(21).randbytes(region.size)
         region.view(Span(0, region.size))[:] = data
         parts = [Part(item, 0, 2 << 20) for item in range(20)]
-        assert await transport.write(stage.grant(slots, Right.WRITE, LONG_S).token, parts, spans(parts), deadline_s=LONG_S) == [OK] * 20
+        assert (
+            await transport.write(stage.grant(slots, Right.WRITE, LONG_S).token, parts, spans(parts), deadline_s=LONG_S)
+            == [OK] * 20
+        )
         region.view(Span(0, region.size))[:] = bytes(region.size)
-        assert await transport.read(stage.grant(slots, Right.READ, LONG_S).token, parts, spans(parts), deadline_s=LONG_S) == [OK] * 20
+        assert (
+            await transport.read(stage.grant(slots, Right.READ, LONG_S).token, parts, spans(parts), deadline_s=LONG_S)
+            == [OK] * 20
+        )
         assert bytes(region.view(Span(0, region.size))) == data
     finally:
         stage.close()
@@ -198,7 +204,9 @@ async def test_a_token_that_is_foreign_expired_or_of_the_other_right_is_rejected
     served = await serving(stage)
     transport = await connecting(served.endpoint, carrier)
     slots = stage.reserve(2)
-    reading, writing, short = (stage.grant(slots, right, ttl) for right, ttl in ((Right.READ, 9), (Right.WRITE, 9), (Right.READ, 1)))
+    reading, writing, short = (
+        stage.grant(slots, right, ttl) for right, ttl in ((Right.READ, 9), (Right.WRITE, 9), (Right.READ, 1))
+    )
     now = 2.0
     parts, place = whole(2), spans(whole(2))
     region.view(Span(0, 2 * SLOT))[:] = b"\x11" * (2 * SLOT)
@@ -228,7 +236,9 @@ async def test_parts_outside_the_lease_are_rejected_and_their_neighbours_arrive(
     assert await transport.read(reading.token, parts, spans(parts), deadline_s=LONG_S) == expected
 
 
-async def test_spans_outside_the_region_are_the_callers_error(carrier: str, serving: Serve, connecting: Connect, stage: Stage) -> None:
+async def test_spans_outside_the_region_are_the_callers_error(
+    carrier: str, serving: Serve, connecting: Connect, stage: Stage
+) -> None:
     served = await serving(stage)
     transport = await connecting(served.endpoint, carrier)
     with pytest.raises(InvalidRequest, match="outside the region"):
@@ -320,7 +330,9 @@ async def test_a_read_that_expires_in_mid_payload_never_touches_its_span_again(
         await transport.close()
 
 
-async def test_a_cancelled_shm_read_returns_only_when_the_server_has_let_go(serving: Serve, connecting: Connect, region: Region) -> None:
+async def test_a_cancelled_shm_read_returns_only_when_the_server_has_let_go(
+    serving: Serve, connecting: Connect, region: Region
+) -> None:
     area = GatedArea()
     served = await serving(area)
     transport = await connecting(served.endpoint, "shm")
@@ -443,7 +455,9 @@ async def test_no_more_requests_reach_the_area_than_the_bound(carrier: str, serv
     assert area.reading_max == 4 and area.not_done == 0
 
 
-async def test_a_peer_that_does_not_answer_costs_the_deadline_and_no_more(carrier: str, serving: Serve, connecting: Connect) -> None:
+async def test_a_peer_that_does_not_answer_costs_the_deadline_and_no_more(
+    carrier: str, serving: Serve, connecting: Connect
+) -> None:
     area = GatedArea()
     served = await serving(area)
     transport = await connecting(served.endpoint, carrier)
@@ -492,7 +506,9 @@ async def test_a_closed_transport_fails_what_is_in_flight(carrier: str, serving:
     assert await transport.read(NOBODY, [Part(0, 0, 8)], [Span(0, 8)], deadline_s=LONG_S) == [FAILED]
 
 
-async def test_a_restarted_server_is_a_clean_failure_and_then_works(carrier: str, serving: Serve, stage: Stage, region: Region) -> None:
+async def test_a_restarted_server_is_a_clean_failure_and_then_works(
+    carrier: str, serving: Serve, stage: Stage, region: Region
+) -> None:
     pool = TransportPool(region, prefer=carrier)
     served = await serving(stage)
     slots = stage.reserve(1)
@@ -610,7 +626,9 @@ async def test_auto_takes_shared_memory_on_this_host_and_tcp_when_the_socket_is_
 
 
 async def test_an_unreachable_peer_is_unavailable_and_says_why_for_each_carrier(region: Region) -> None:
-    with pytest.raises(Unavailable, match=r"shm: not on this host; tcp 127\.0\.0\.1:1: .*Connect call failed.*; grpc: not served"):
+    with pytest.raises(
+        Unavailable, match=r"shm: not on this host; tcp 127\.0\.0\.1:1: .*Connect call failed.*; grpc: not served"
+    ):
         await connect(Endpoint(shm="/nowhere/at/all", tcp="127.0.0.1:1"), region)
     with pytest.raises(Unavailable, match="shm: not served"):
         await connect(Endpoint(tcp="127.0.0.1:1"), region, prefer="shm")
@@ -667,7 +685,9 @@ async def test_a_malformed_frame_closes_its_connection_and_disturbs_nobody(
     assert await good.read(NOBODY, [Part(0, 0, 8)], [Span(0, 8)], deadline_s=LONG_S) == [REJECTED]
 
 
-async def test_an_shm_client_without_a_proper_region_is_refused(serving: Serve, connecting: Connect, stage: Stage, tmp_path: Path) -> None:
+async def test_an_shm_client_without_a_proper_region_is_refused(
+    serving: Serve, connecting: Connect, stage: Stage, tmp_path: Path
+) -> None:
     served = await serving(stage)
     plain = os.memfd_create("plain")  # no seals
     os.ftruncate(plain, 4096)
@@ -678,7 +698,9 @@ async def test_an_shm_client_without_a_proper_region_is_refused(serving: Serve, 
         for fds, size in cases[:-1]:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(served.endpoint.shm)
-                socket.send_fds(sock, [encode(Hello(Mode.REGION, size))], fds) if fds else sock.sendall(encode(Hello(Mode.REGION, size)))
+                socket.send_fds(sock, [encode(Hello(Mode.REGION, size))], fds) if fds else sock.sendall(
+                    encode(Hello(Mode.REGION, size))
+                )
                 assert b"expected" in await read_to_end(sock)
         with socket.socket(socket.AF_UNIX) as sock:  # spans beyond the region
             sock.connect(served.endpoint.shm)
@@ -785,5 +807,3 @@ async def test_the_socket_file_is_private_and_a_dead_process_s_is_replaced(stage
     assert not path.exists()
     with pytest.raises(InvalidRequest, match="expected at most 107 bytes"):
         await serve_bytes(stage, shm_path=tmp_path / ("x" * 100))
-
-

@@ -144,7 +144,13 @@ class GatedArea:
 async def other_process(code: str, *argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """Runs Python code in a process of its own; killed at the end if it is still there."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+        sys.executable,
+        "-c",
+        code,
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     try:
         yield process
