@@ -108,4 +108,8 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-_CONNECT: dict[str, Callable[[str, Region], Awaitable[Connection]]] = {"shm": _connect_shm, "tcp": _connect_tcp, "grpc": _connect_grpc}
+_CONNECT: dict[str, Callable[[str, Region], Awaitable[Connection]]] = {
+    "shm": _connect_shm,
+    "tcp": _connect_tcp,
+    "grpc": _connect_grpc,
+}

@@ -23,7 +23,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 
 from common.errors import TransferFailed
 from common.transport.budget import Budget
@@ -43,7 +42,7 @@ from common.transport.frames import (
     encode,
 )
 from common.transport.interface import PARTS_MAX, LeaseToken, Part, PartStatus, Span
-from common.transport.memory import crc32c_off_loop
+from common.transport.memory import crc32c_in_turns
 from common.transport.region import Region
 from common.transport.streams import Bytes, ByteStream, discard, next_event
 
@@ -56,7 +55,9 @@ BATCH_BYTES = 8 << 20  # a larger transfer is split, so that disk, wire and chec
 class Connection:
     """One carrier to one peer. Made by `client.connect`; `close` it."""
 
-    def __init__(self, carrier: str, mode: Mode, stream: ByteStream, listener: Listener, welcome: Welcome, region: Region) -> None:
+    def __init__(
+        self, carrier: str, mode: Mode, stream: ByteStream, listener: Listener, welcome: Welcome, region: Region
+    ) -> None:
         self.carrier = carrier
         self.epoch = welcome.epoch
         self.counters = Counters()
@@ -78,10 +79,14 @@ class Connection:
     def in_flight_bytes(self) -> int:
         return self._budget.bytes
 
-    async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+    async def read(
+        self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float
+    ) -> list[PartStatus]:
         return await self._transfer(Op.READ, token, parts, into, deadline_s)
 
-    async def write(self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+    async def write(
+        self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float
+    ) -> list[PartStatus]:
         return await self._transfer(Op.WRITE, token, parts, source, deadline_s)
 
     async def close(self) -> None:
@@ -98,7 +103,9 @@ class Connection:
 
     # Requests
 
-    async def _transfer(self, op: Op, token: LeaseToken, parts: Sequence[Part], spans: Sequence[Span], deadline_s: float) -> list[PartStatus]:
+    async def _transfer(
+        self, op: Op, token: LeaseToken, parts: Sequence[Part], spans: Sequence[Span], deadline_s: float
+    ) -> list[PartStatus]:
         assert [part.length for part in parts] == [span.length for span in spans], "parts and spans differ in length"
         deadline = asyncio.get_running_loop().time() + deadline_s
         views = [self._region.view(span) for span in spans]
@@ -143,10 +150,7 @@ class Connection:
         received = self._stream.received_bytes
         try:
             async with asyncio.timeout_at(deadline):
-                if op is Op.WRITE:
-                    checksums = [await crc32c_off_loop(view) for view in views]
-                else:
-                    checksums = [0] * len(parts)
+                checksums = [await crc32c_in_turns(view) for view in views] if op is Op.WRITE else [0] * len(parts)
                 await self._budget.acquire(size)
                 pending = self._submit(op, token, parts, spans, views, checksums, deadline, size)
                 return await asyncio.shield(pending.outcome)
@@ -188,11 +192,11 @@ class Connection:
             parts=tuple(parts),
             checksums=tuple(checksums),
             spans=tuple(offsets),
+            payload_bytes=size if op is Op.WRITE and self._mode is Mode.INLINE else 0,
         )
         pending = _Pending(event, spans, views, size)
         self._pending[event.request] = pending
-        payload: list[Bytes] = list(views) if op is Op.WRITE and self._mode is Mode.INLINE else []
-        self._post([encode(event, size if payload else 0), *payload], pending)
+        self._post([encode(event), *(views if event.payload_bytes else ())], pending)
         return pending
 
     def _post(self, pieces: list[Bytes], pending: "_Pending | None") -> None:
@@ -211,9 +215,7 @@ class Connection:
             return
         self._post([encode(Cancel(pending.event.request))], None)
         if self._mode is Mode.INLINE:
-            for view in pending.views:
-                with suppress(BufferError):  # complete, its checksum being computed in a thread
-                    view.release()
+            pending.release_views()
         elif pending.event.op is Op.READ:
             try:
                 await asyncio.wait([pending.settled], timeout=SETTLE_S)
@@ -234,6 +236,7 @@ class Connection:
         if pending.held:
             for span in pending.spans:
                 self._region.unhold(span)
+        pending.release_views()
         pending.settled.set_result(None)
         pending.outcome.set_result(statuses or [PartStatus.FAILED] * len(pending.spans))
 
@@ -309,9 +312,10 @@ class Connection:
     async def _receive_part(self, pending: "_Pending", view: memoryview, length: int, checksum: int) -> PartStatus:
         if self._mode is Mode.INLINE and not await self._stream.receive(view, length):
             return PartStatus.FAILED
-        if pending.abandoned:
+        try:
+            return PartStatus.OK if await crc32c_in_turns(view) == checksum else PartStatus.CORRUPT
+        except ValueError:  # taken back while it was checked
             return PartStatus.FAILED
-        return PartStatus.OK if await crc32c_off_loop(view) == checksum else PartStatus.CORRUPT
 
 
 class _Pending:
@@ -324,6 +328,10 @@ class _Pending:
         self.settled: asyncio.Future[None] = loop.create_future()
         self.abandoned = False
         self.held = False
+
+    def release_views(self) -> None:
+        for view in self.views:
+            view.release()
 
 
 def _check_reply(reply: Reply, request: Transfer, mode: Mode) -> None:

@@ -22,7 +22,7 @@ sends the bytes. Every length is bounded before anything is allocated; whatever 
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import msgspec
@@ -92,7 +92,10 @@ class Welcome(msgspec.Struct, frozen=True):
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """A READ or a WRITE. `checksums` are zero in a READ; `spans` are zero in mode INLINE."""
+    """A READ or a WRITE. `checksums` are zero in a READ; `spans` are zero in mode INLINE.
+
+    `payload_bytes`: of the WRITE's payload that follows the frame; zero in mode REGION.
+    """
 
     op: Op
     request: int
@@ -101,6 +104,7 @@ class Transfer(msgspec.Struct, frozen=True):
     parts: tuple[Part, ...]
     checksums: tuple[int, ...]
     spans: tuple[int, ...]
+    payload_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -136,16 +140,16 @@ class Header(msgspec.Struct, frozen=True):
     raw: bytes
 
 
-def encode(event: Event, payload_bytes: int = 0) -> bytes:
-    """Header and body of a frame. `payload_bytes` of payload must follow."""
+def encode(event: Event) -> bytes:
+    """Header and body of a frame; its `payload_bytes` of payload must follow."""
     match event:
         case Hello(mode, region_bytes):
             return _frame(Op.HELLO, _HELLO.pack(mode, 0, region_bytes))
         case Welcome(epoch, requests_max, bytes_max):
             return _frame(Op.WELCOME, _WELCOME.pack(epoch, requests_max, 0, bytes_max))
-        case Transfer(op, request, token, deadline_ms, parts, checksums, spans):
+        case Transfer(op, request, token, deadline_ms, parts, checksums, spans, payload_bytes):
             return _frame(op, token + _pack_parts(parts, checksums, spans), len(parts), request, deadline_ms, payload_bytes)
-        case Reply(request, statuses, checksums):
+        case Reply(request, statuses, checksums, payload_bytes):
             body = b"".join(_RESULT.pack(s, b"\0\0\0", c) for s, c in zip(statuses, checksums, strict=True))
             return _frame(Op.REPLY, body, len(statuses), request, payload_bytes=payload_bytes)
         case Cancel(request):
@@ -185,8 +189,9 @@ def decode_header(raw: bytes) -> Header:
 def decode_body(header: Header, body: bytes) -> Event:
     """The event of a complete frame, every field within its bounds."""
     (crc,) = _CRC.unpack_from(header.raw, _COVERED.size)
-    if crc32c(header.raw[: _COVERED.size] + body) != crc:
-        raise ProtocolError(f"{header.op.name}: header and body don't match their checksum")
+    actual = crc32c(header.raw[: _COVERED.size] + body)
+    if actual != crc:
+        raise ProtocolError(f"{header.op.name} says crc32c {crc:#010x} of header and body: expected {actual:#010x}")
     if header.payload_bytes and header.op not in (Op.WRITE, Op.REPLY):
         raise ProtocolError(f"{header.op.name} with {header.payload_bytes} payload bytes: expected none")
     match header.op:
@@ -230,6 +235,7 @@ def _decode_transfer(header: Header, body: bytes) -> Transfer:
         parts=parts,
         checksums=tuple(row[1] for row in rows),
         spans=tuple(row[4] for row in rows),
+        payload_bytes=header.payload_bytes,
     )
 
 
@@ -247,11 +253,16 @@ def _at_most(name: str, value: int, limit: int) -> None:
         raise ProtocolError(f"{name} {value}: expected at most {limit}")
 
 
-_BODY_BYTES = {
+def _table(count: int) -> tuple[int, int]:
+    return (TOKEN_BYTES + count * _PART.size,) * 2
+
+
+# The least and the most bytes of a body, given the header's count.
+_BODY_BYTES: dict[Op, Callable[[int], tuple[int, int]]] = {
     Op.HELLO: lambda count: (_HELLO.size, _HELLO.size),
     Op.WELCOME: lambda count: (_WELCOME.size, _WELCOME.size),
-    Op.READ: lambda count: (TOKEN_BYTES + count * _PART.size,) * 2,
-    Op.WRITE: lambda count: (TOKEN_BYTES + count * _PART.size,) * 2,
+    Op.READ: _table,
+    Op.WRITE: _table,
     Op.REPLY: lambda count: (count * _RESULT.size,) * 2,
     Op.CANCEL: lambda count: (0, 0),
     Op.GOODBYE: lambda count: (_REASON.size, _REASON.size + TEXT_BYTES_MAX),

@@ -79,7 +79,9 @@ class BytesServicer:
 class GrpcStream:
     """A `ByteStream` over a gRPC call; `read` and `write` are the call's or the servicer context's."""
 
-    def __init__(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]], close: Callable[[], Awaitable[None]]
+    ) -> None:
         self.received_bytes = 0
         self.ended = False
         self._read, self._write, self._close = read, write, close

@@ -23,7 +23,13 @@ class TransportPool:
     """One per process and region. `transport(endpoint)` never waits and never fails; `close` when done."""
 
     def __init__(
-        self, region: Region, *, prefer: Prefer = "auto", connect_s: float = 5.0, connections_per_peer: int = 1, peers_max: int = 256
+        self,
+        region: Region,
+        *,
+        prefer: Prefer = "auto",
+        connect_s: float = 5.0,
+        connections_per_peer: int = 1,
+        peers_max: int = 256,
     ) -> None:
         self._region, self._prefer, self._connect_s = region, prefer, connect_s
         self._connections_per_peer, self._peers_max = connections_per_peer, peers_max
@@ -88,10 +94,14 @@ class PeerTransport:
     def idle(self) -> bool:
         return not self._users
 
-    async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+    async def read(
+        self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float
+    ) -> list[PartStatus]:
         return await self._transfer(Op.READ, token, parts, into, deadline_s)
 
-    async def write(self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float) -> list[PartStatus]:
+    async def write(
+        self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float
+    ) -> list[PartStatus]:
         return await self._transfer(Op.WRITE, token, parts, source, deadline_s)
 
     async def close(self) -> None:
@@ -100,7 +110,9 @@ class PeerTransport:
         for connection in connections:
             await connection.close()
 
-    async def _transfer(self, op: Op, token: LeaseToken, parts: Sequence[Part], spans: Sequence[Span], deadline_s: float) -> list[PartStatus]:
+    async def _transfer(
+        self, op: Op, token: LeaseToken, parts: Sequence[Part], spans: Sequence[Span], deadline_s: float
+    ) -> list[PartStatus]:
         clock = asyncio.get_running_loop().time
         deadline = clock() + deadline_s
         flow = self.counters.read if op is Op.READ else self.counters.write
@@ -147,7 +159,9 @@ class PeerTransport:
 
     async def _bury(self) -> None:
         """Closes connections that take no more requests and have none left."""
-        for connection in [connection for connection in self._connections if not connection.usable and not connection.in_flight_bytes]:
+        for connection in [
+            connection for connection in self._connections if not connection.usable and not connection.in_flight_bytes
+        ]:
             self._connections.remove(connection)
             await connection.close()
 

@@ -90,7 +90,9 @@ class RemoteRegion:
         """Maps a peer's memfd; the caller keeps and closes `fd`. Raises `InvalidRequest`."""
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or not 0 < size <= REGION_BYTES_MAX or facts.st_size != size:
-            raise InvalidRequest(f"region fd: {facts.st_size} bytes, announced as {size}: expected a memfd of just that size", param="fd")
+            raise InvalidRequest(
+                f"region fd: {facts.st_size} bytes, announced as {size}: expected a memfd of just that size", param="fd"
+            )
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as error:

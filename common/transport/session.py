@@ -14,6 +14,7 @@ An area's coroutine is never cancelled: threads or disks behind it may still wri
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from common.errors import InvalidRequest, PenstockError, TransferFailed
@@ -34,7 +35,7 @@ from common.transport.frames import (
     encode,
 )
 from common.transport.interface import Part, PartStatus
-from common.transport.memory import checksum_of_copy, crc32c_off_loop, run_copy
+from common.transport.memory import checksum_of_copy, crc32c_in_turns
 from common.transport.reception import Reception
 from common.transport.region import RemoteRegion
 from common.transport.streams import Bytes, ByteStream, discard, next_event
@@ -48,7 +49,9 @@ T = TypeVar("T")
 class Session:
     """One connection of one client. `run` ends when the connection has."""
 
-    def __init__(self, stream: ByteStream, reception: Reception, region: RemoteRegion | None = None, *, listener: Listener | None = None) -> None:
+    def __init__(
+        self, stream: ByteStream, reception: Reception, region: RemoteRegion | None = None, *, listener: Listener | None = None
+    ) -> None:
         limits = reception.limits
         self.ended = asyncio.Event()
         self._stream, self._reception, self._region = stream, reception, region
@@ -96,7 +99,7 @@ class Session:
             assert isinstance(event, Hello)  # the table allows nothing else
             hello = event
         if (hello.mode is Mode.REGION) != (self._region is not None):
-            raise ProtocolError(f"mode {hello.mode.name}: this carrier expects {'REGION' if self._region else 'INLINE'}")
+            raise ProtocolError(f"mode {hello.mode.name}: expected {'REGION' if self._region else 'INLINE'} on this carrier")
         reason = Reason.DRAINING if self._reception.draining else Reason.FULL
         if self._reception.draining or len(self._reception.sessions) > self._limits.connections_max:
             await self._farewell(Goodbye(reason, f"at most {self._limits.connections_max} connections"))
@@ -173,12 +176,15 @@ class Session:
         finally:
             if self._region is None and views:
                 self._area.done_reading(event.token, views)
+            _release(spans)
             self._forget(event)
 
     async def _answer_read(self, event: Transfer, results: Sequence[ReadResult], deadline: float) -> None:
         inline = self._region is None
         payload = [view for status, view, _ in results if inline and view is not None and status is PartStatus.OK]
-        statuses = await self._answer(event, [status for status, _, _ in results], deadline, [crc for _, _, crc in results], payload)
+        statuses = await self._answer(
+            event, [status for status, _, _ in results], deadline, [crc for _, _, crc in results], payload
+        )
         self._counters.read.count(statuses, [part.length for part in event.parts])
 
     # WRITE
@@ -211,14 +217,14 @@ class Session:
             elif not await self._stream.receive(buffer, part.length):
                 self._abort(held, PartStatus.REJECTED, index)
             else:
-                await self._verify(event, held, index, crc32c_off_loop(buffer))
+                await self._verify(event, held, index, crc32c_in_turns(buffer))
 
     async def _fill_from_region(self, event: Transfer, held: "_Held", spans: Sequence[memoryview]) -> None:
         for index, span in enumerate(spans):
             buffer = held.buffers[index]
             if buffer is None:
                 continue
-            await self._verify(event, held, index, run_copy(checksum_of_copy, buffer, span))
+            await self._verify(event, held, index, checksum_of_copy(buffer, span))
             await asyncio.sleep(0)
 
     async def _verify(self, event: Transfer, held: "_Held", index: int, checksum: Coroutine[Any, Any, int]) -> None:
@@ -240,6 +246,7 @@ class Session:
             await self._answer(event, held.statuses, None)
         finally:
             self._abort(held, PartStatus.FAILED)
+            _release(spans)
             self._forget(event)
 
     async def _commit(self, event: Transfer, held: "_Held") -> None:
@@ -263,6 +270,10 @@ class Session:
     # Common
 
     def _spans(self, event: Transfer) -> list[memoryview] | None:
+        if event.payload_bytes != (event.total_bytes if event.op is Op.WRITE and self._region is None else 0):
+            raise ProtocolError(
+                f"{event.op.name} with {event.payload_bytes} payload bytes: expected all or none, as the mode says"
+            )
         if self._region is None:
             return None
         try:
@@ -290,15 +301,21 @@ class Session:
         return otherwise
 
     async def _answer(
-        self, event: Transfer, statuses: Outcome, deadline: float | None, checksums: Sequence[int] = (), payload: Sequence[Bytes] = ()
+        self,
+        event: Transfer,
+        statuses: Outcome,
+        deadline: float | None,
+        checksums: Sequence[int] = (),
+        payload: Sequence[Bytes] = (),
     ) -> Outcome:
         """Replies, and returns what was said: a reply that `deadline` has overtaken carries no payload."""
         async with self._sending:
             if deadline is not None and (late := self._lateness(event, deadline)):
                 statuses, payload = [late] * len(statuses), ()
-            reply = Reply(event.request, tuple(statuses), tuple(checksums) or (0,) * len(statuses))
+            size = sum(len(piece) for piece in payload)
+            reply = Reply(event.request, tuple(statuses), tuple(checksums) or (0,) * len(statuses), size)
             async with asyncio.timeout_at(max(deadline or 0.0, self._now()) + self._limits.stall_s):
-                await self._send([encode(reply, sum(len(piece) for piece in payload)), *payload])
+                await self._send([encode(reply), *payload])
         return statuses
 
     async def _send(self, pieces: Sequence[Bytes]) -> None:
@@ -356,6 +373,13 @@ def _sane(result: ReadResult, part: Part) -> ReadResult:
         log.error("byte plane: the area gave %s bytes for %s", None if view is None else len(view), part)
         return PartStatus.FAILED, None, 0
     return result
+
+
+def _release(spans: Sequence[memoryview] | None) -> None:
+    """Lets go of the client's memory, also where an area or a traceback still has the view."""
+    for view in spans or ():
+        with suppress(BufferError):
+            view.release()
 
 
 class _Held:

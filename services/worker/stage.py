@@ -6,8 +6,8 @@ Life of a lease: granted --> ended, by `revoke`, `release`, `free` of one of its
 Invariants:
 - A slot is free, owned or in limbo; `reserve` hands out free slots only, or refuses at once.
 - A peer writes only under a live WRITE lease. Ending it takes every buffer that is out back on the spot
-  (its memoryview is released); a buffer that a thread is copying into can't be released, and is waited
-  for: by `revoke`, or by its slot in limbo.
+  (its memoryview is released); one that a system call in a thread is writing can't be released, and is
+  waited for: by `revoke`, or by its slot in limbo.
 - An item is filled when every byte of its announced length was committed, each verified against its
   CRC-32C. What is committed is never overwritten: a repeated write is OK and dropped.
 """
@@ -21,7 +21,7 @@ from enum import Enum
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.counters import Counters
 from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus, Span
-from common.transport.memory import copy_with_checksum, crc32c_off_loop, run_copy
+from common.transport.memory import copy_with_checksum, crc32c_in_turns
 from common.transport.region import PAGE_BYTES, Region
 from services.worker.coverage import Coverage
 
@@ -36,7 +36,9 @@ class Right(Enum):
 class Lease:
     """Item i is `slots[i]`, its first `lengths[i]` bytes. Made by `Stage.grant`."""
 
-    def __init__(self, token: LeaseToken, right: Right, slots: Sequence[int], lengths: Sequence[int], expires_at_s: float) -> None:
+    def __init__(
+        self, token: LeaseToken, right: Right, slots: Sequence[int], lengths: Sequence[int], expires_at_s: float
+    ) -> None:
         self.token, self.right, self.expires_at_s = token, right, expires_at_s
         self.slots, self.lengths = tuple(slots), tuple(lengths)
         self.live = True
@@ -86,7 +88,9 @@ class _Write:
 class Stage:
     """An `Area` of slots. All methods are called from one event loop."""
 
-    def __init__(self, slots: int, bytes_per_slot: int, *, clock: Callable[[], float] = time.monotonic, prefault: bool = True) -> None:
+    def __init__(
+        self, slots: int, bytes_per_slot: int, *, clock: Callable[[], float] = time.monotonic, prefault: bool = True
+    ) -> None:
         self.bytes_per_slot = bytes_per_slot
         self.counters = Counters()
         self._stride = -(-bytes_per_slot // PAGE_BYTES) * PAGE_BYTES  # slots start on pages: fit for O_DIRECT
@@ -113,7 +117,9 @@ class Stage:
         """Takes `count` slots, or raises `Overloaded` at once."""
         self._leave_limbo()
         if count > len(self._free):
-            raise Overloaded(f"stage: {count} slots asked for, {len(self._free)} of {self.slots_total} are free", retry_after_s=1.0)
+            raise Overloaded(
+                f"stage: {count} slots asked for, {len(self._free)} of {self.slots_total} are free", retry_after_s=1.0
+            )
         taken = [self._free.pop() for _ in range(count)]
         self._owned.update(taken)
         return taken
@@ -132,7 +138,9 @@ class Stage:
         """Bytes of a slot as a span of the stage's region; the whole slot by default."""
         length = self.bytes_per_slot - offset if length is None else length
         if slot not in self._owned or offset < 0 or length < 0 or offset + length > self.bytes_per_slot:
-            raise InvalidRequest(f"slot {slot} [{offset}, {offset + length}): expected an owned slot and [0, {self.bytes_per_slot})")
+            raise InvalidRequest(
+                f"slot {slot} [{offset}, {offset + length}): expected an owned slot and [0, {self.bytes_per_slot})"
+            )
         return Span(slot * self._stride + offset, length)
 
     def view(self, slot: int, offset: int = 0, length: int | None = None) -> memoryview:
@@ -228,9 +236,9 @@ class Stage:
                     continue
                 view = self.view(lease.slots[part.item], part.offset, part.length)
                 if into is None:
-                    results.append((PartStatus.OK, view, await crc32c_off_loop(view)))
+                    results.append((PartStatus.OK, view, await crc32c_in_turns(view)))
                 else:
-                    results.append((PartStatus.OK, into[index], await run_copy(copy_with_checksum, into[index], view)))
+                    results.append((PartStatus.OK, into[index], await copy_with_checksum(into[index], view)))
                 await asyncio.sleep(0)  # a long request must not keep the loop to itself
         self.counters.read.count([status for status, _, _ in results], [part.length for part in parts])
         return results
@@ -248,7 +256,9 @@ class Stage:
         slot, start, end = lease.slots[part.item], part.offset, part.offset + part.length
         if lease.coverage[part.item].contains(start, end):
             return PartStatus.OK
-        if lease.coverage[part.item].overlaps(start, end) or any(write.overlaps(start, end) for write in self._writing.get(slot, ())):
+        if lease.coverage[part.item].overlaps(start, end) or any(
+            write.overlaps(start, end) for write in self._writing.get(slot, ())
+        ):
             return PartStatus.REJECTED
         if self.region.held(self.span(slot, start, part.length)):
             return PartStatus.FULL
@@ -288,7 +298,9 @@ class Stage:
     def check_integrity(self) -> None:
         """Raises `AssertionError` when an invariant is broken."""
         free = set(self._free)
-        assert len(free) == len(self._free) and not free & self._owned and not free & self._limbo and not self._owned & self._limbo
+        assert (
+            len(free) == len(self._free) and not free & self._owned and not free & self._limbo and not self._owned & self._limbo
+        )
         assert self.slots_total * self._stride == self.region.size
         for lease in self._leases.values():
             assert lease.live and self._owned.issuperset(lease.slots), lease
