@@ -1,6 +1,7 @@
 """The store: admission, leases, space."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from common.errors import LeaseRejected, Overloaded, Unavailable
 from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken, Part, PartStatus
+from common.transport.memory import crc32c
 from services.kvstore.files import Files
 from services.kvstore.store import Store
 from tests.kvstore.support import (
@@ -18,6 +20,7 @@ from tests.kvstore.support import (
     ROOT,
     SEGMENT_BYTES,
     Clock,
+    bytes_on_disk,
     chain,
     offers,
     options,
@@ -63,8 +66,6 @@ async def test_a_range_of_a_block_is_read_with_its_own_checksum(tmp_path: Path) 
         found = one.store.lookup(NAMESPACE, keys, None, lease=True)
         assert found.token is not None
         ((status, view, checksum),) = await one.area.read(found.token, [Part(1, 1000, 2000)], None)
-        from common.transport.memory import crc32c
-
         assert view is not None
         assert (status, bytes(view), checksum) == (OK, payload(keys[1])[1000:3000], crc32c(view))
         one.area.done_reading(found.token, [view])
@@ -220,7 +221,7 @@ async def test_a_full_store_evicts_the_coldest_tails_and_keeps_the_budget(tmp_pa
         assert await one.put(new) == [OK] * 10
         assert one.stored() == {*old[:-10], *hot, *new}
         assert one.store.metrics.evictions == 10
-        assert sum(path.stat().st_size for path in segment_files(tmp_path)) <= one.store.options.budget_bytes
+        assert bytes_on_disk(tmp_path) <= one.store.options.budget_bytes
 
 
 async def test_leased_blocks_are_never_evicted_and_what_finds_no_space_is_dropped(tmp_path: Path) -> None:
@@ -402,8 +403,6 @@ async def test_one_sync_serves_many_commits(tmp_path: Path) -> None:
 
 
 def test_a_second_process_on_the_folder_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
-    import os
-
     first = Store.open(tmp_path, options())
     with pytest.raises(Unavailable, match=f"process {os.getpid()}: stop it"):
         Store.open(tmp_path, options())
