@@ -99,6 +99,8 @@ class Store:
         self._lock = FolderLock(folder)
         self._root = folder / NAMESPACES_FOLDER
         self._files.make_folder(self._root)
+        for parent in (folder, folder.parent):
+            self._files.sync_folder(parent)  # a power cut must not take the folders with what is in them
         self.direct = options.direct and direct_io_works(folder)
         self.readers = IoPool(options.read_threads, "kvstore-read", options.pending_reads_max)
         self.writers = IoPool(options.write_threads, "kvstore-write", _PENDING_WRITES_MAX)

@@ -183,3 +183,13 @@ def slot_offset(folder: Path, key: bytes) -> tuple[Path, int]:
                 return path, at - 48
             at = data.find(key, at + 1)
     raise AssertionError("the block is not on disk")
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of all segment files."""
+    return sum(path.stat().st_size for path in folder.rglob("*.seg"))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Segment files that were never finished."""
+    return list(folder.rglob("*.tmp"))
