@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ SHAPES = ((2048, 768), (768, 2048))  # N, K of the gate and down projections of 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 COLD_BYTES = 96 << 20  # weights walked in turn, so that none is still in a 32 MB L3 when its turn comes
 Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 12, 4, 64, 64
+SCALE = HEAD_DIM**-0.5
 
 
 def race(clock: Callable[[], float], rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
@@ -84,8 +86,8 @@ def bench_decode(clock: Callable[[], float], rounds: int, dtype: torch.dtype) ->
         best = race(
             clock,
             rounds,
-            ours=lambda: kernels.paged_attention_decode(q, k, v, table, lengths, 0.125),
-            torch=lambda: F.scaled_dot_product_attention(q[:, :, None], dense_k, dense_v, scale=0.125, enable_gqa=True),
+            ours=partial(kernels.paged_attention_decode, q, k, v, table, lengths, SCALE),
+            torch=partial(F.scaled_dot_product_attention, q[:, :, None], dense_k, dense_v, scale=SCALE, enable_gqa=True),
         )
         nbytes = 2 * batch * context * KV_HEADS * HEAD_DIM * torch.finfo(dtype).bits // 8
         results[f"{batch}x{context}"] = {
@@ -104,13 +106,13 @@ def bench_prefill(clock: Callable[[], float], rounds: int, dtype: torch.dtype) -
         pool = torch.randn(blocks, 2, 2, BLOCK_TOKENS, KV_HEADS, HEAD_DIM).to(dtype)
         q = torch.randn(queries, Q_HEADS, HEAD_DIM).to(dtype)
         cu_seqlens = torch.tensor([0, queries], dtype=torch.int32)
-        arguments = (q, pool[:, 0, 0], pool[:, 0, 1], cu_seqlens, torch.arange(context - queries, context))
-        table = torch.randperm(blocks).view(1, -1).int()
+        positions, table = torch.arange(context - queries, context), torch.randperm(blocks).view(1, -1).int()
+        arguments = (q, pool[:, 0, 0], pool[:, 0, 1], cu_seqlens, positions, table, SCALE)
         best = race(
             clock,
             max(2, rounds // 3),
-            ours=lambda: kernels.paged_attention_prefill(*arguments, table, 0.125),
-            torch=lambda: reference.paged_attention_prefill(*arguments, table, 0.125),
+            ours=partial(kernels.paged_attention_prefill, *arguments),
+            torch=partial(reference.paged_attention_prefill, *arguments),
         )
         flop = 4 * queries * (context - queries / 2) * Q_HEADS * HEAD_DIM
         results[f"{queries}of{context}"] = {
@@ -121,8 +123,14 @@ def bench_prefill(clock: Callable[[], float], rounds: int, dtype: torch.dtype) -
     return results
 
 
+def rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return round(value, 2) if isinstance(value, float) else value
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="CPU kernels beside torch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -140,7 +148,7 @@ def main() -> None:
         report[name] = results = bench(clock, options.rounds, dtype)
         for shape, figures in results.items():
             print(f"{name:8} {shape:>14}", *(f"{key} {value:9.2f}" for key, value in figures.items()), flush=True)
-    print(json.dumps(report, default=lambda value: round(value, 2)))
+    print(json.dumps(rounded(report)))
 
 
 if __name__ == "__main__":

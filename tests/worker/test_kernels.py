@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -215,8 +216,8 @@ def test_silu_mul_equals_eager_code_over_the_whole_range(dtype: torch.dtype, thr
 
 
 def test_norms_and_mlps_are_patched_only_where_the_result_stays_the_same() -> None:
-    llama = transformers.models.llama.modeling_llama
-    gemma = transformers.models.gemma2.modeling_gemma2
+    llama: Any = transformers.models.llama.modeling_llama
+    gemma: Any = transformers.models.gemma2.modeling_gemma2
     model = nn.ModuleDict(
         {
             "llama_norm": llama.LlamaRMSNorm(64),
