@@ -2,9 +2,11 @@
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from services.worker import kernels
@@ -191,3 +193,46 @@ def test_patched_linears_still_train() -> None:
     kernels.patch_linears(linear)
     linear(torch.randn(3, 8)).sum().backward()
     assert linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_rounds_where_eager_code_rounds(dtype: torch.dtype, unit_offset: bool, threads: int) -> None:
+    torch.manual_seed(9)
+    for rows, width in [(1, 16), (3, 768), (100, 2048), (5, 100)]:
+        x, w = torch.randn(rows, width).mul(5).to(dtype), torch.randn(width).to(dtype)
+        got = ops.rms_norm(x, w, 1e-6, unit_offset=unit_offset)
+        expected = reference.rms_norm(x, w, 1e-6, unit_offset=unit_offset)
+        torch.testing.assert_close(got, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+        assert dtype == torch.float32 or (got == expected).float().mean() > 0.99, "a different rounding would show everywhere"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_equals_eager_code_over_the_whole_range(dtype: torch.dtype, threads: int) -> None:
+    gate = torch.linspace(-120, 120, 64 * 1024).view(64, 1024).to(dtype)
+    up = torch.randn(64, 1024).to(dtype)
+    got, expected = ops.silu_mul(gate, up), reference.silu_mul(gate, up)
+    torch.testing.assert_close(got, expected, rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+
+
+def test_norms_and_mlps_are_patched_only_where_the_result_stays_the_same() -> None:
+    llama: Any = transformers.models.llama.modeling_llama
+    gemma: Any = transformers.models.gemma2.modeling_gemma2
+    model = nn.ModuleDict(
+        {
+            "llama_norm": llama.LlamaRMSNorm(64),
+            "gemma_norm": gemma.Gemma2RMSNorm(64),
+            "layer_norm": nn.LayerNorm(64),
+            "llama_mlp": llama.LlamaMLP(transformers.LlamaConfig(hidden_size=64, intermediate_size=96)),
+            "gemma_mlp": gemma.Gemma2MLP(transformers.Gemma2Config(hidden_size=64, intermediate_size=96)),  # gelu
+        }
+    ).bfloat16()
+    for name in ("llama_norm", "gemma_norm"):
+        nn.init.normal_(model[name].get_parameter("weight"))
+    x = torch.randn(5, 64).bfloat16()
+    with torch.inference_mode():
+        before = {name: module(x) for name, module in model.items()}
+        assert kernels.patch_norms(model) == ["llama_norm", "gemma_norm"]
+        assert kernels.patch_mlps(model) == ["llama_mlp"]
+        for name, module in model.items():
+            torch.testing.assert_close(module(x), before[name])

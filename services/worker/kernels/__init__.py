@@ -1,10 +1,31 @@
 """CPU kernels for the engine's hot operations, with a pure-torch fallback of the same signatures.
 
 `reference` says what each operation means, `ops` calls the compiled kernels where they can serve, `build` compiles them at
-first import, `patching` puts them under a model's `nn.Linear` modules.
+first import, `patching` puts them under a model's modules.
 """
 
-from services.worker.kernels.ops import BUILD, available, linear, paged_attention_decode, paged_attention_prefill, set_threads
-from services.worker.kernels.patching import patch_linears
+from services.worker.kernels.ops import (
+    BUILD,
+    available,
+    linear,
+    paged_attention_decode,
+    paged_attention_prefill,
+    rms_norm,
+    set_threads,
+    silu_mul,
+)
+from services.worker.kernels.patching import patch_linears, patch_mlps, patch_norms
 
-__all__ = ["BUILD", "available", "linear", "paged_attention_decode", "paged_attention_prefill", "patch_linears", "set_threads"]
+__all__ = [
+    "BUILD",
+    "available",
+    "linear",
+    "paged_attention_decode",
+    "paged_attention_prefill",
+    "patch_linears",
+    "patch_mlps",
+    "patch_norms",
+    "rms_norm",
+    "set_threads",
+    "silu_mul",
+]

@@ -15,6 +15,7 @@ from services.worker.kernels import build, reference
 
 KIND: Final = {torch.float32: 0, torch.bfloat16: 1}  # simd.h: F32, BF16
 HEAD_DIM_MAX = 1024  # simd.h: ZEROS
+GROUP = 16  # simd.h
 
 
 class _Attention(ctypes.Structure):
@@ -32,13 +33,23 @@ class _Attention(ctypes.Structure):
 
 
 BUILD: Final = build.load(build.mode_from_environment())
-_linear = _decode = _prefill = None
+_linear = _decode = _prefill = _rms_norm = _silu_mul = None
 if BUILD.library is not None:
     _linear, _decode, _prefill = (getattr(BUILD.library, f"penstock_{name}") for name in ("linear", "decode", "prefill"))
     _linear.argtypes = (ctypes.c_int, *(ctypes.c_long,) * 3, *(ctypes.c_void_p,) * 4, ctypes.c_int)
     _decode.argtypes = (ctypes.POINTER(_Attention), ctypes.c_void_p)
     _prefill.argtypes = (ctypes.POINTER(_Attention), ctypes.c_void_p, ctypes.c_void_p)
-    _linear.restype = _decode.restype = _prefill.restype = None
+    _rms_norm, _silu_mul = BUILD.library.penstock_rms_norm, BUILD.library.penstock_silu_mul
+    _rms_norm.argtypes = (
+        *(ctypes.c_int,) * 2,
+        *(ctypes.c_long,) * 2,
+        *(ctypes.c_void_p,) * 2,
+        ctypes.c_float,
+        ctypes.c_void_p,
+        ctypes.c_int,
+    )
+    _silu_mul.argtypes = (ctypes.c_int, *(ctypes.c_long,) * 2, *(ctypes.c_void_p,) * 3, ctypes.c_int)
+    _linear.restype = _decode.restype = _prefill.restype = _rms_norm.restype = _silu_mul.restype = None
 
 
 _threads: int | None = None
@@ -76,6 +87,31 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         bias_at = bias.data_ptr()
     m = x.numel() // k
     _linear(kind, m, n, k, x.data_ptr(), w.data_ptr(), bias_at, y.data_ptr(), _threads or torch.get_num_threads())
+    return y
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """`reference.rms_norm`; compiled for widths that are whole groups of 16."""
+    kind, n = KIND.get(x.dtype), x.shape[-1]
+    if _rms_norm is None or kind is None or w.dtype != x.dtype or n % GROUP or not x.is_contiguous() or _wants_grad(x, w):
+        return reference.rms_norm(x, w, eps, unit_offset=unit_offset)
+    assert w.shape == (n,) and w.is_contiguous(), f"weight {tuple(w.shape)} for rows of {n}"
+    y = torch.empty_like(x)
+    threads = _threads or torch.get_num_threads()
+    _rms_norm(kind, unit_offset, x.numel() // n, n, x.data_ptr(), w.data_ptr(), eps, y.data_ptr(), threads)
+    return y
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`reference.silu_mul`; compiled for widths that are whole groups of 16."""
+    kind, n = KIND.get(gate.dtype), gate.shape[-1]
+    whole = n % GROUP == 0 and gate.is_contiguous() and up.is_contiguous()
+    if _silu_mul is None or kind is None or up.dtype != gate.dtype or not whole or _wants_grad(gate, up):
+        return reference.silu_mul(gate, up)
+    assert gate.shape == up.shape, f"gate {tuple(gate.shape)}, up {tuple(up.shape)}"
+    y = torch.empty_like(gate)
+    threads = _threads or torch.get_num_threads()
+    _silu_mul(kind, gate.numel() // n, n, gate.data_ptr(), up.data_ptr(), y.data_ptr(), threads)
     return y
 
 

@@ -24,6 +24,21 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias)
 
 
+def rms_norm(x: Tensor, w: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """Root-mean-square norm over the last dimension, rounded where transformers' modules round.
+
+    `w * (x / rms)`, or with `unit_offset` Gemma's `(1 + w) * (x / rms)`.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + w.float())).to(x.dtype) if unit_offset else w * normed.to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, the middle of a gated MLP."""
+    return F.silu(gate) * up
+
+
 def paged_attention_decode(
     q: Tensor,
     k: Tensor,
