@@ -111,7 +111,7 @@ def prepare(plan: Plan) -> data.Dataset:
 def train(model: LlamaForCausalLM, corpus: data.Dataset, plan: Plan) -> list[dict[str, float]]:
     """Trains in place; leaves the model with the best weights and returns the log, one row per evaluation."""
     _drop_out(model, plan.dropout)
-    fast = torch.compile(model) if plan.compile else model
+    fast = torch.compile(model, dynamic=False) if plan.compile else model
     optimisers = _optimisers(model, plan)
     batches = _batches(corpus, plan)
     best_loss, best = float("inf"), copy.deepcopy(model.state_dict())
@@ -123,6 +123,8 @@ def train(model: LlamaForCausalLM, corpus: data.Dataset, plan: Plan) -> list[dic
         rate = plan.learning_rate * rate_share(progress)
         running.append(_step(fast, next(batches), optimisers, rate, _autocast(plan)))
         step += 1
+        if step <= len(plan.row_tokens):  # each row length is compiled at its first step, which is not training time
+            started = time.monotonic()
         progress = max(step / plan.steps, (time.monotonic() - started) / 60 / plan.minutes)
         if step % plan.evaluate_every == 0 or progress >= 1:
             scores = [evaluate.score(model, corpus, kind, _autocast(plan), EVALUATION_ROWS_MAX).loss for kind in (data.LIBRARY, data.CHAT)]
@@ -243,18 +245,18 @@ def parse_arguments() -> Plan:
     parser.add_argument("--work", type=Path, help="corpus and tokenizer are kept here and taken from here (default: OUT.work)")
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of Python source (default: %(default)s)")
     parser.add_argument("--prepare-only", action="store_true", help="make corpus and tokenizer in --work and stop")
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4600, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes of training, if --steps takes longer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default here: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of corpus wording, weights and order (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute at the start, faster steps on CUDA")
-    parser.add_argument("--tokens-per-step", type=int, default=131_072, help="batch size in tokens (default: %(default)s; a multiple of each row length)")
+    parser.add_argument("--tokens-per-step", type=int, default=65_536, help="batch size in tokens (default: %(default)s; a multiple of each row length)")
     parser.add_argument("--row-tokens", type=int, nargs="+", default=[8192, 2048], help="row lengths, taken in turn (default: 8192 2048)")
     parser.add_argument("--optimiser", choices=("adamw", "muon"), default="muon", help="for the layers' matrices (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--dropout", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--evaluate-every", type=int, default=100, help="steps between evaluations on held-out text (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=0.2, help="default: %(default)s")
+    parser.add_argument("--dropout", type=float, default=0.15, help="default: %(default)s")
+    parser.add_argument("--evaluate-every", type=int, default=200, help="steps between evaluations on held-out text (default: %(default)s)")
     given = vars(parser.parse_args())
     given["row_tokens"] = tuple(given["row_tokens"])
     given["work"] = given["work"] or given["out"].with_name(given["out"].name + ".work")
