@@ -7,6 +7,7 @@ asks for nothing.
 
 import json
 import math
+import reprlib
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,9 +15,10 @@ import msgspec
 from common.errors import InvalidRequest
 from services.router.sampling import Asked, refused
 
-STRICT_JSON_BYTES_MAX = 1 << 20  # of a malformed body that is looked at twice to name the parameter
+LOOSE_JSON_BYTES_MAX = 1 << 20  # of a refused body that is looked at twice to name the parameter's value
 MESSAGES_MAX = 16384
 B = TypeVar("B", bound=msgspec.Struct)
+_SHORT = reprlib.Repr()  # at most a few items or some 30 characters of a value that is shown back
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -140,6 +142,8 @@ def decode_body(data: bytes, kind: type[B]) -> B:
         raise _wrong_type(error, data) from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
     except msgspec.DecodeError as error:
         raise _malformed(data, str(error)) from error
 
@@ -223,22 +227,25 @@ def _wrong_type(error: msgspec.ValidationError, data: bytes) -> InvalidRequest:
     path = path.rstrip("`").lstrip(".")
     if not path:
         return InvalidRequest(f"the body: {what[0].lower() + what[1:]}")
-    value: Any = msgspec.json.decode(data)
     key = path.split(".")[0].split("[")[0]
-    shown = value.get(key) if isinstance(value, dict) else value
-    short = repr(shown) if len(repr(shown)) <= 64 else repr(shown)[:64] + "..."
-    expected = what.replace("Expected `", "expected ").replace("`", "").replace("Expected", "expected")
-    return InvalidRequest(f"{key} = {short}: {expected}" + (f" (at {path})" if path != key else ""), param=key)
+    value = _loosely(data)
+    shown = f" = {_SHORT.repr(value.get(key))}" if isinstance(value, dict) else ""
+    expected = (what[0].lower() + what[1:]).replace("`", "")
+    return InvalidRequest(f"{key}{shown}: {expected}" + (f" (at {path})" if path != key else ""), param=key)
+
+
+def _loosely(data: bytes) -> Any:
+    """What Python's own reader makes of a refused body, to say more about it; None when it is long or no better."""
+    try:
+        return json.loads(data) if len(data) <= LOOSE_JSON_BYTES_MAX else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _malformed(data: bytes, reason: str) -> InvalidRequest:
     """NaN and Infinity, which JSON lacks and some clients send, are named; anything else is malformed."""
-    if len(data) <= STRICT_JSON_BYTES_MAX:
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            value = None
-        for key, number in value.items() if isinstance(value, dict) else ():
-            if isinstance(number, float) and not math.isfinite(number):
-                return refused(key, number, "a finite number")
+    value = _loosely(data)
+    for key, number in value.items() if isinstance(value, dict) else ():
+        if isinstance(number, float) and not math.isfinite(number):
+            return refused(key, number, "a finite number")
     return InvalidRequest(f"the body is not valid JSON: {reason}")
