@@ -8,6 +8,7 @@ leaves, /reset forgets the conversation.
 import argparse
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -60,7 +61,7 @@ def _turn(client: ChatClient, messages: list[Message]) -> list[Message]:
     turn = Turn()
     try:
         for piece in client.stream(messages, turn):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except PenstockError as error:
@@ -68,6 +69,11 @@ def _turn(client: ChatClient, messages: list[Message]) -> list[Message]:
         return messages[:-1]
     print(f"\n{_dim(turn.in_words())}\n")
     return [*messages, {"role": "assistant", "content": turn.text}]
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model says must not steer the terminal."""
+    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else "\ufffd" for char in text)
 
 
 def _dim(text: str) -> str:
