@@ -59,6 +59,17 @@ class Launcher:
             pass
         return self.process.wait()
 
+    def until_piece(self, text: str) -> None:
+        """Reads on until `text` has come, in mid-line too."""
+        read = ""
+        while text not in read:
+            piece = os.read(self._out, 1)
+            assert piece, f"ended without {text!r}: {read}"
+            read += piece.decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._out, text.encode())
+
     def press_ctrl_c(self) -> None:
         os.write(self._out, b"\x03")
 
