@@ -86,7 +86,9 @@ def _url_of(data: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="penstock chat", description=__doc__.partition("\n")[0], epilog=_HELP, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="penstock chat", description=__doc__.partition("\n")[0], epilog=_HELP, allow_abbrev=False
+    )
     parser.add_argument("--url", default="", help=f"the router (default: the one of --data, else {DEFAULT_URL})")
     parser.add_argument("--data", default="data", metavar="DIR", help="data folder of a cluster on this machine (default: data)")
     parser.add_argument("--model", default="", help="model name (default: the one that is served)")

@@ -38,7 +38,9 @@ class Launcher:
             self._out, inner = pty.openpty()
             preparation = "import os,fcntl,termios,sys; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
             command = [sys.executable, "-c", preparation, *self.command(*behaviours)]
-            self.process = subprocess.Popen(command, env=self.environ, stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=self.environ, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
+            )
         else:
             self._out, inner = os.pipe()
             self.process = subprocess.Popen(self.command(*behaviours), env=self.environ, stdout=inner, stderr=inner)

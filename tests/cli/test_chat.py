@@ -31,7 +31,9 @@ def talk(monkeypatch: pytest.MonkeyPatch, url: str, *lines: str) -> int:
     return main(["chat", "--url", url])
 
 
-def test_a_turn_shows_the_answer_and_what_it_cost(router: FakeRouter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_turn_shows_the_answer_and_what_it_cost(
+    router: FakeRouter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert talk(monkeypatch, router.url, "hello", "/exit") == 0
     shown = capsys.readouterr().out
     assert "you said hello\ufffd[2J\n" in shown  # control characters don't reach the terminal
@@ -54,7 +56,9 @@ def test_a_failed_turn_is_told_and_forgotten(
     assert [message["content"] for message in router.asked[-1]["messages"]] == ["then"]
 
 
-def test_ctrl_c_stops_the_turn_and_the_chat_goes_on(router: FakeRouter, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_turn_and_the_chat_goes_on(
+    router: FakeRouter, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launcher, "command", lambda *_: [sys.executable, "-m", "services.cli", "chat", "--url", router.url])
     launcher.start(tty=True).until("tiny at")
     launcher.type("forever\n")

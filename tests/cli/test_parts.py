@@ -52,7 +52,9 @@ def test_lines_of_services_and_of_nats_are_understood() -> None:
     ours = logfile.read_line('{"ts": 0, "level": "info", "service": "decode", "event": "ready", "grpc": "127.0.0.1:5"}')
     assert (ours.event, ours.fields) == ("ready", {"grpc": "127.0.0.1:5"})
     nats = "[1] 2026/11/23 22:39:37.806697 [INF] "
-    assert logfile.read_line(nats + "Listening for client connections on 127.0.0.1:35495").fields == {"nats": "nats://127.0.0.1:35495"}
+    assert logfile.read_line(nats + "Listening for client connections on 127.0.0.1:35495").fields == {
+        "nats": "nats://127.0.0.1:35495"
+    }
     assert logfile.read_line(nats + "Server is ready").event == "ready"
     assert logfile.read_line("Traceback (most recent call last):").event == ""
     assert logfile.read_line("[1, 2]").event == ""
@@ -109,7 +111,9 @@ def test_a_data_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_a_port_in_use_is_refused_with_its_holder_and_another_to_try() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SettingsError, match=rf"port = {port}: in use on 127\.0\.0\.1 by .*\(pid {os.getpid()}\); .*--port {port + 1}"):
+        with pytest.raises(
+            SettingsError, match=rf"port = {port}: in use on 127\.0\.0\.1 by .*\(pid {os.getpid()}\); .*--port {port + 1}"
+        ):
             ports.check_free("127.0.0.1", port)
     ports.check_free("127.0.0.1", port)
     ports.check_free("127.0.0.1", 0)
@@ -151,8 +155,12 @@ def test_the_nats_server_of_the_wheel_is_found_and_new_enough() -> None:
 
 
 def test_a_request_that_failed_says_so() -> None:
-    record = Record(event="request", fields={"route": "", "prompt_tokens": 5, "status": "overloaded", "reason": "the queue is full"})
-    assert served.line(record, "10:00:00") == Served(text="10:00:00  -               cached      0 of      5  overloaded  the queue is full", ok=False)
+    record = Record(
+        event="request", fields={"route": "", "prompt_tokens": 5, "status": "overloaded", "reason": "the queue is full"}
+    )
+    assert served.line(record, "10:00:00") == Served(
+        text="10:00:00  -               cached      0 of      5  overloaded  the queue is full", ok=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +204,9 @@ async def test_a_service_that_keeps_dying_is_given_up_and_the_last_decode_worker
     kept = Supervisor(on_change, lambda *_: None)
     kept.settled()
     script = "import sys; sys.exit('ValueError: no')"
-    kept.start([Spec(name="decode-0", kind="decode", argv=(sys.executable, "-S", "-c", script), environ={}, log=tmp_path / "d.log")])
+    kept.start(
+        [Spec(name="decode-0", kind="decode", argv=(sys.executable, "-S", "-c", script), environ={}, log=tmp_path / "d.log")]
+    )
     error = await kept.fatal()
     assert error.message.startswith("decode-0: given up after 2 restarts: ValueError: no; see ")
     assert kept.services["decode-0"].restarts == 2

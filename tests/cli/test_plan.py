@@ -37,7 +37,9 @@ def test_a_default_cluster_has_one_of_each() -> None:
 
 
 def test_counts_and_worker_settings_are_passed_on() -> None:
-    specs = planned("--prefill", "0", "--decode", "2", "--kvstore", "2", "--dtype", "float32", "--block-tokens", "16", "--threads", "1")
+    specs = planned(
+        "--prefill", "0", "--decode", "2", "--kvstore", "2", "--dtype", "float32", "--block-tokens", "16", "--threads", "1"
+    )
     assert [spec.name for spec in specs] == ["kvstore-0", "kvstore-1", "decode-0", "decode-1", "router"]
     assert flags(specs, "decode-1").endswith("--dtype float32 --block-tokens 16 --threads 1")
     assert "--dtype" not in flags(specs, "kvstore-0") + flags(specs, "router")
@@ -85,7 +87,9 @@ def test_flag_beats_file_beats_variable(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_settings_file_in_the_repository_is_valid_and_changes_nothing() -> None:
     config = up.config_file([])
     assert config is not None and config.name == "penstock.toml"
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("PENSTOCK_")} | {"PENSTOCK_CONFIG": str(config)}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("PENSTOCK_")} | {
+        "PENSTOCK_CONFIG": str(config)
+    }
     assert load(UpSettings, "up", [], environ) == UpSettings()
 
 

@@ -55,7 +55,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_up_serves_down_leaves_nothing_and_the_next_up_finds_the_blocks(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     mark = str(tmp_path)
-    flags = ["--data", str(data), "--model", str(model), "--port", "0", "--block-tokens", str(BLOCK_TOKENS), "--threads", "1", "--detach"]
+    flags = [
+        "--data",
+        str(data),
+        "--model",
+        str(model),
+        "--port",
+        "0",
+        "--block-tokens",
+        str(BLOCK_TOKENS),
+        "--threads",
+        "1",
+        "--detach",
+    ]
     answers = []
     for _ in range(2):
         up = penstock(mark, "up", *flags)
