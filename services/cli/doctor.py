@@ -29,7 +29,9 @@ Check = Callable[[Subject], list[Finding]]
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="penstock doctor", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", default="data", metavar="DIR", help="data folder a cluster would use (default: data)")
-    parser.add_argument("--model", default="", metavar="PATH", help="model directory a cluster would serve (default: the demo model)")
+    parser.add_argument(
+        "--model", default="", metavar="PATH", help="model directory a cluster would serve (default: the demo model)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (default: 127.0.0.1)")
     parser.add_argument("--port", default=8080, type=int, help="port of the HTTP API (default: 8080)")
     given = parser.parse_args(argv)

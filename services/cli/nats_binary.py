@@ -41,7 +41,9 @@ def _from_wheel() -> Path | None:
 def version(binary: str) -> tuple[int, ...] | None:
     """(major, minor, patch); None when it can't be asked."""
     try:
-        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=False).stdout
+        said = subprocess.run(
+            [binary, "--version"], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=False
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"v?(\d+)\.(\d+)\.(\d+)", said)

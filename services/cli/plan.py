@@ -1,8 +1,8 @@
 """What a cluster on one machine consists of: every process, its flags, its folders. Pure.
 
-    DATA/penstock.json    what runs (`state`)          DATA/kvstore-N/   blocks on disk
-    DATA/lock             held while it runs           DATA/nats/        JetStream, nats.conf
-    DATA/logs/NAME.log    one per service              RUN               unix sockets (short path, 0700)
+DATA/penstock.json    what runs (`state`)          DATA/kvstore-N/   blocks on disk
+DATA/lock             held while it runs           DATA/nats/        JetStream, nats.conf
+DATA/logs/NAME.log    one per service              RUN               unix sockets (short path, 0700)
 """
 
 import json
@@ -65,7 +65,10 @@ def services(settings: UpSettings, model: Path, layout: Layout, nats_url: str, e
     router = [*common, "--host", settings.host, "--port", str(settings.port), "--model", str(model)]
     router += [] if settings.kvstore else ["--no-ready-needs-kvstore"]
 
-    found = [_spec("kvstore", i, [*store, "--data", str(layout.data / f"kvstore-{i}")], layout, environ) for i in range(settings.kvstore)]
+    found = [
+        _spec("kvstore", i, [*store, "--data", str(layout.data / f"kvstore-{i}")], layout, environ)
+        for i in range(settings.kvstore)
+    ]
     found += [_spec(kind, i, worker, layout, environ) for kind in ("prefill", "decode") for i in range(getattr(settings, kind))]
     return [*found, _spec("router", None, router, layout, environ)]
 

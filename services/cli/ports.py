@@ -28,13 +28,17 @@ def _resolve(host: str, port: int) -> tuple[int, int, int, str, tuple[str | int,
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise SettingsError(f"host = {host!r}: {error.strerror}; expected an address of this machine, such as 127.0.0.1") from error
+        raise SettingsError(
+            f"host = {host!r}: {error.strerror}; expected an address of this machine, such as 127.0.0.1"
+        ) from error
     return found[0]  # type: ignore[return-value]
 
 
 def _why(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port = {port}: in use on {host}{holder(port)}; choose another, for example --port {port + 1 if port < 65535 else 0}"
+        return (
+            f"port = {port}: in use on {host}{holder(port)}; choose another, for example --port {port + 1 if port < 65535 else 0}"
+        )
     if error.errno == errno.EADDRNOTAVAIL:
         return f"host = {host!r} is not an address of this machine"
     if error.errno == errno.EACCES:

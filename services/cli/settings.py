@@ -29,10 +29,10 @@ class UpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         Meta(description="dtype of weights and KV: auto, float32, bfloat16 or float16; unset: left to the workers"),
     ] = None
-    block_tokens: Annotated[int | None, Meta(ge=0, description="tokens per KV block; unset: chosen from the model")] = None
-    context_tokens: Annotated[int | None, Meta(ge=0, description="longest prompt plus output; unset: the model's limit")] = None
+    block_tokens: Annotated[int, Meta(ge=0, description="tokens per KV block; unset: chosen from the model")] | None = None
+    context_tokens: Annotated[int, Meta(ge=0, description="longest prompt plus output; unset: the model's limit")] | None = None
     device: Annotated[str | None, Meta(description="torch device of the workers; unset: left to the workers")] = None
-    threads: Annotated[int | None, Meta(ge=0, description="CPU threads of each worker; unset: left to the workers")] = None
+    threads: Annotated[int, Meta(ge=0, description="CPU threads of each worker; unset: left to the workers")] | None = None
     transport: Annotated[
         Literal["auto", "shm", "tcp", "grpc"] | None, Meta(description="carrier of KV bytes: auto, shm, tcp or grpc")
     ] = None

@@ -141,12 +141,16 @@ def take_lock(data: Path) -> int:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise SettingsError(f"data = {str(data)!r}: {error.strerror}; choose a folder that can be written (--data DIR)") from error
+        raise SettingsError(
+            f"data = {str(data)!r}: {error.strerror}; choose a folder that can be written (--data DIR)"
+        ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise SettingsError(f"data = {str(data)!r} {_held_by(data)}; stop it (penstock down --data {data}) or use another --data") from error
+        raise SettingsError(
+            f"data = {str(data)!r} {_held_by(data)}; stop it (penstock down --data {data}) or use another --data"
+        ) from error
     return fd
 
 

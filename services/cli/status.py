@@ -76,7 +76,9 @@ def load_in_words(member: Mapping[str, Any]) -> str:
     if store:
         used, budget = store.get("used_bytes", 0), store.get("budget_bytes", 0)
         share = f" ({used / budget:.0%})" if budget else ""
-        return f"{_size(used)} of {_size(budget)}{share}, {store.get('blocks', 0):,} blocks, {store.get('evictions', 0):,} evicted"
+        return (
+            f"{_size(used)} of {_size(budget)}{share}, {store.get('blocks', 0):,} blocks, {store.get('evictions', 0):,} evicted"
+        )
     if not load:
         return str(member.get("detail", ""))
     total, free = load.get("pool_blocks_total", 0), load.get("pool_blocks_free", 0)

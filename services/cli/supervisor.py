@@ -78,8 +78,9 @@ class Service:
     def __repr__(self) -> str:
         return f"Service({self.spec.name} {self.state} pid={self.child.pid if self.child else None})"
 
-    def on(self, event: str) -> None:
+    def on(self, event: str) -> State:
         self.state = NEXT[self.state][event]
+        return self.state
 
 
 class Supervisor:
@@ -162,11 +163,11 @@ class Supervisor:
         try:
             while service.state == "starting":
                 returncode = await self._run_once(service, tail)
-                service.on("ended")
-                if service.state == "backoff" and not self._settled:
+                after = service.on("ended")
+                if after == "backoff" and not self._settled:
                     self._fail(_start_failed(service, returncode))
                     return
-                if service.state == "backoff":
+                if after == "backoff":
                     await self._back_off(service, returncode)
             if service.state == "stopping":  # asked to before it was started
                 service.on("ended")

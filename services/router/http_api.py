@@ -165,7 +165,8 @@ async def _stream(exchange: Exchange, body: Common, generation: Generation, shap
 
 
 def _usage(generation: Generation) -> dict[str, Any]:
-    return usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
+    counts = usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
+    return counts | {"penstock": {"route": generation.route}}  # ours; OpenAI clients keep or ignore what they don't know
 
 
 class _Endpoint:

@@ -38,7 +38,9 @@ class Launcher:
             self._out, inner = pty.openpty()
             preparation = "import os,fcntl,termios,sys; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
             command = [sys.executable, "-c", preparation, *self.command(*behaviours)]
-            self.process = subprocess.Popen(command, env=self.environ, stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=self.environ, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
+            )
         else:
             self._out, inner = os.pipe()
             self.process = subprocess.Popen(self.command(*behaviours), env=self.environ, stdout=inner, stderr=inner)
@@ -58,6 +60,17 @@ class Launcher:
         while self._line():
             pass
         return self.process.wait()
+
+    def until_piece(self, text: str) -> None:
+        """Reads on until `text` has come, in mid-line too."""
+        read = ""
+        while text not in read:
+            piece = os.read(self._out, 1)
+            assert piece, f"ended without {text!r}: {read}"
+            read += piece.decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._out, text.encode())
 
     def press_ctrl_c(self) -> None:
         os.write(self._out, b"\x03")

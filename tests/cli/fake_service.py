@@ -18,13 +18,24 @@ from pathlib import Path
 
 
 def log(event: str, **fields: object) -> None:
-    print(json.dumps({"ts": time.time(), "level": fields.pop("level", "info"), "service": "fake", "event": event, **fields}), file=sys.stderr, flush=True)
+    line = {"ts": time.time(), "level": fields.pop("level", "info"), "service": "fake", "event": event, **fields}
+    sys.stderr.write(json.dumps(line) + "\n")
+    sys.stderr.flush()
 
 
 class Ready(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/serve":  # stands for a request: the router logs one event for it
-            log("request", route="direct", prompt_tokens=1100, cached_tokens=1024, output_tokens=7, ttft_ms=41.0, tokens_per_s=37.25, status="stop")
+            log(
+                "request",
+                route="direct",
+                prompt_tokens=1100,
+                cached_tokens=1024,
+                output_tokens=7,
+                ttft_ms=41.0,
+                tokens_per_s=37.25,
+                status="stop",
+            )
         self.send_response(503 if "unready" in sys.argv else 200)
         self.end_headers()
         self.wfile.write(b'{"reason": "no decode worker yet"}')

@@ -27,7 +27,10 @@ def main() -> int:
     def services(nats_url: str) -> list[Spec]:
         assert nats_url.startswith("nats://127.0.0.1:")
         words = {kind: behaviours.get(kind, "").replace("RUN", str(layout.run)).split() for kind in KINDS}
-        return [Spec(name=kind, kind=kind, argv=(sys.executable, FAKE, kind, *words[kind]), environ=environ, log=layout.log(kind)) for kind in KINDS]
+        return [
+            Spec(name=kind, kind=kind, argv=(sys.executable, FAKE, kind, *words[kind]), environ=environ, log=layout.log(kind))
+            for kind in KINDS
+        ]
 
     cluster = Cluster(
         layout=layout,

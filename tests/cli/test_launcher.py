@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,9 @@ from tests.cli.conftest import Launcher
 
 
 def events(launcher: Launcher, name: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (launcher.data / "logs" / f"{name}.log").read_text().splitlines() if line.startswith("{")]
+    return [
+        json.loads(line) for line in (launcher.data / "logs" / f"{name}.log").read_text().splitlines() if line.startswith("{")
+    ]
 
 
 def when(launcher: Launcher, name: str, event: str) -> float:
@@ -39,7 +42,7 @@ def test_a_termination_drains_callers_before_those_they_call(launcher: Launcher)
     launcher.signal(signal.SIGTERM)
     assert launcher.end() == 0
     order = ["router", "decode", "prefill", "kvstore"]
-    for caller, called in zip(order, order[1:], strict=False):
+    for caller, called in pairwise(order):
         assert when(launcher, caller, "stopped") < when(launcher, called, "draining")
     assert not launcher.left()
     assert not run_dir.exists()
@@ -153,7 +156,21 @@ def test_each_request_is_one_line(launcher: Launcher) -> None:
     launcher.start().until("Ready in")
     urllib.request.urlopen(launcher.state().url + "/serve").close()
     line = launcher.until("direct")
-    assert line.split()[1:] == "direct cached 1,024 of 1,100 ttft 41 ms 7 tokens 37.2 tok/s stop".split()
+    assert line.split()[1:] == [
+        "direct",
+        "cached",
+        "1,024",
+        "of",
+        "1,100",
+        "ttft",
+        "41",
+        "ms",
+        "7",
+        "tokens",
+        "37.2",
+        "tok/s",
+        "stop",
+    ]
 
 
 def test_a_second_launcher_on_the_same_data_is_refused_and_told_of_the_first(launcher: Launcher) -> None:
