@@ -10,7 +10,9 @@ if ls wheels/*.whl >/dev/null 2>&1; then
 fi
 image=$1
 shift
-$PY -m pip install --disable-pip-version-check --no-cache-dir --quiet -c wheels/requirements.lock -r "wanted-$image.txt" "$@"
+$PY -m pip install --disable-pip-version-check --no-cache-dir --no-compile --quiet -c wheels/requirements.lock -r "wanted-$image.txt" "$@"
 $PY -m pip uninstall --disable-pip-version-check --quiet --yes setuptools pip
 # What packages bring for their own tests and for compiling against them.
 find /opt/penstock/lib -type d \( -name tests -o -path '*/torch/include' -o -path '*/torch/share' \) -prune -exec rm -rf {} +
+# Bytecode now, because the root is read-only later; of transformers' hundreds of models a process loads one.
+$PY -m compileall -q -j 0 -x 'transformers/models/(?!auto)' /opt/penstock/lib
