@@ -13,10 +13,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.penstock-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status test lint lock load bench-serve docker-build docker-up docker-down clean
+.PHONY: help setup up down status test lint lock load bench-serve clean
 
 help:  ## list these commands
-	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv and install everything at the locked versions (again only when they change)
 
@@ -60,14 +60,7 @@ load: $(STAMP)  ## put a minute of chat and agent users on the running cluster a
 bench-serve: $(STAMP)  ## benchmark serving against transformers.generate; one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_serve $(ARGS)
 
-docker-build:  ## build the images (BASE_IMAGE=... chooses what they are built on)
-	docker compose build
-
-docker-up:  ## start the same cluster in containers
-	docker compose up -d --build
-
-docker-down:  ## stop it (the SSD volume stays)
-	docker compose down
+-include deploy/docker/docker.mk
 
 clean:  ## remove the environment and caches; data/ stays
 	rm -rf "$(VENV)" build *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis .import_linter_cache
