@@ -23,8 +23,6 @@ from services.worker import checkpoint as checkpoints
 from services.worker.checkpoint import Checkpoint, OnProgress
 from services.worker.engine import attention
 from services.worker.engine.pool import DTYPES
-from services.worker.kernels import ops as kernel_ops
-from services.worker.kernels.patching import patch_linears
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +103,8 @@ def load_model(
         weights = digest.result()
     _probe(model, layout, place)
     if compiled:
+        from services.worker.kernels.patching import patch_linears
+
         patch_linears(model)
     return LoadedModel(
         model=model,
@@ -137,11 +137,13 @@ def use_kernels(mode: str, device: torch.device) -> bool:
         raise SettingsError(f"kernels = {mode!r}; expected auto, off or require")
     if mode == "off" or device.type != "cpu":
         return False
-    if not kernel_ops.available():
+    from services.worker.kernels import ops  # the import compiles
+
+    if not ops.available():
         if mode == "require":
-            raise SettingsError(f"kernels = require, but {kernel_ops.BUILD.reason}")
-        log.warning("%s", kernel_ops.BUILD.reason)
-    return kernel_ops.available()
+            raise SettingsError(f"kernels = require, but {ops.BUILD.reason}")
+        log.warning("%s", ops.BUILD.reason)
+    return ops.available()
 
 
 def read_config(checkpoint: Checkpoint) -> Any:

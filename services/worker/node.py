@@ -207,6 +207,7 @@ def _load(settings: WorkerSettings) -> LoadedModel:
         dtype=settings.dtype,
         block_tokens=settings.block_tokens,
         context_tokens=settings.context_tokens,
+        kernels=settings.kernels,
         on_progress=on_progress,
     )
 

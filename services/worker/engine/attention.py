@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from services.worker.engine.batch import StepInput
-from services.worker.kernels import paged_attention_decode, paged_attention_prefill
 
 NAME = "penstock"
 
@@ -81,6 +80,10 @@ class KernelAttention:
     """Writes a step's KV to the pool and attends with the compiled CPU kernels, which read the pages in place."""
 
     def __init__(self, pool: Tensor) -> None:
+        # Imported where it is wanted: the import compiles.
+        from services.worker.kernels import paged_attention_decode, paged_attention_prefill
+
+        self._decode, self._prefill = paged_attention_decode, paged_attention_prefill
         self._layers = layers_of(pool)
         self._step: StepInput | None = None
 
@@ -109,19 +112,11 @@ class KernelAttention:
         out = []
         if decodes:
             tables, lengths = step.tables[:decodes], step.context_lens
-            out.append(
-                paged_attention_decode(
-                    queries[:decodes], k, v, tables, lengths, scale, window=window, softcap=softcap, sinks=sinks
-                )
-            )
+            rows = queries[:decodes]
+            out.append(self._decode(rows, k, v, tables, lengths, scale, window=window, softcap=softcap, sinks=sinks))
         if decodes < step.tokens:
-            tables = step.tables[decodes:]
-            out.append(
-                paged_attention_prefill(
-                    queries[decodes:], k, v, step.cu_seqlens, step.positions, tables, scale,
-                    window=window, softcap=softcap, sinks=sinks,
-                )
-            )  # fmt: skip
+            rows, tables, place = queries[decodes:], step.tables[decodes:], (step.cu_seqlens, step.positions)
+            out.append(self._prefill(rows, k, v, *place, tables, scale, window=window, softcap=softcap, sinks=sinks))
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
 

@@ -17,14 +17,13 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from common.errors import ContextExceeded, Internal, InvalidRequest, NotFound, PenstockError
+from common.errors import Internal, InvalidRequest, NotFound, PenstockError
 from common.generation import FinishReason, Token
-from services.worker.engine.attention import KernelAttention, PagedAttention, TorchAttention
-from services.worker.engine.batch import StepInput, StepTables
+from services.worker.engine import admission
+from services.worker.engine.forward import Forward
 from services.worker.engine.pool import BlockPool, blocks_for, pool_blocks
-from services.worker.engine.sampling import Sampled, sample
+from services.worker.engine.sampling import Sampled
 from services.worker.engine.scheduler import Chunk, Plan, Scheduler
 from services.worker.engine.sequence import Event, Sequence
 from services.worker.engine.types import EngineLoad, NewSequence, Phase, SequenceStep, StepResult
@@ -77,8 +76,7 @@ class Engine:
             waiting_max=waiting_max,
             step_tokens_max=step_tokens_max,
         )
-        self._tables = StepTables(sequences_max, blocks_for(self.context_tokens, block_tokens), block_tokens, model.device)
-        self._attention: PagedAttention = (KernelAttention if model.kernels else TorchAttention)(self.pool.tensor)
+        self._forward = Forward(model, self.pool, sequences_max, blocks_for(self.context_tokens, block_tokens))
         self._live: dict[str, Sequence] = {}
         self._held: dict[str, Sequence] = {}
         self._spans: list[Span] = []
@@ -91,37 +89,7 @@ class Engine:
 
     def check(self, new: NewSequence) -> None:
         """Raises what makes `new` unservable, whatever runs at the moment. Pure; any thread may call it."""
-        tokens = len(new.prompt) + len(new.output)
-        if not new.prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if tokens >= self.context_tokens:
-            raise ContextExceeded(
-                f"prompt and output so far are {tokens} tokens; at most {self.context_tokens - 1} leave room for one more in the "
-                f"context of {self.context_tokens} tokens",
-                param="prompt",
-            )
-        for ids in (new.prompt, new.output):
-            low, high = min(ids, default=0), max(ids, default=0)
-            if low < 0 or high >= self.model.vocab_size:
-                wrong = low if low < 0 else high
-                raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {self.model.vocab_size}", param="prompt")
-        if len(new.output) >= new.sampling.max_tokens:
-            limit = new.sampling.max_tokens
-            raise InvalidRequest(f"{len(new.output)} of max_tokens = {limit} are generated already", param="max_tokens")
-        if new.kv is not None:
-            self._check_kv(new, tokens)
-
-    def _check_kv(self, new: NewSequence, tokens: int) -> None:
-        assert new.kv is not None
-        needed = blocks_for(new.kv.tokens, self.layout.block_tokens)
-        if not 0 <= new.kv.tokens < tokens:
-            raise InvalidRequest(f"KV of {new.kv.tokens} tokens for a sequence of {tokens}: at least one token must be computed")
-        if len(new.kv.buffers) != needed or any(buffer.nbytes != self.layout.bytes_per_block for buffer in new.kv.buffers):
-            sizes = sorted({buffer.nbytes for buffer in new.kv.buffers})
-            raise InvalidRequest(
-                f"KV of {new.kv.tokens} tokens comes in {len(new.kv.buffers)} buffers of {sizes} bytes; "
-                f"expected {needed} of {self.layout.bytes_per_block}"
-            )
+        admission.check(new, self.layout, self.context_tokens, self.model.vocab_size)
 
     def add(self, new: NewSequence) -> None:
         """Queues a sequence. On any error `new.kv` is given back too: `on_copied` is called exactly once in every outcome."""
@@ -217,7 +185,7 @@ class Engine:
     def step(self) -> StepResult:
         plan = self._scheduler.plan()
         for sequence in plan.preempted:
-            self._tables.forget(sequence)
+            self._forward.forget(sequence)
         self._load_kv(plan)
         steps = {sequence.id: SequenceStep(sequence.id, preempted=True) for sequence in plan.preempted}
         chunks = [chunk for chunk in plan.chunks if chunk.sequence.id in self._live]
@@ -243,33 +211,13 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> list[SequenceStep]:
         try:
-            step = self._tables.build(chunks)
-            sampled = sample(self._forward(step), step.sampling) if step.sampling else self._compute(step)
+            outcome = self._forward.run(chunks)
         except Exception as error:
             log.exception("a step over %d sequences", len(chunks))
             for chunk in chunks:
                 self._fail(chunk.sequence, Internal(f"the engine's step failed: {error!r}"))
             return []
-        outcome = dict(zip((sequence.id for sequence in step.sampling), sampled, strict=True))
         return [done for chunk in chunks if (done := self._advance(chunk, outcome.get(chunk.sequence.id)))]
-
-    def _forward(self, step: StepInput) -> Tensor:
-        """Logits of the step's `sample_rows`, `[samples, vocab]`."""
-        logits: Tensor = self.model.model(
-            input_ids=step.input_ids,
-            position_ids=step.position_ids,
-            use_cache=False,
-            logits_to_keep=step.sample_rows,
-            paging=self._attention.begin(step),
-        ).logits
-        return logits[0]
-
-    def _compute(self, step: StepInput) -> list[Sampled]:
-        """A step that only fills KV: no logits."""
-        self.model.model.base_model(
-            input_ids=step.input_ids, position_ids=step.position_ids, use_cache=False, paging=self._attention.begin(step)
-        )
-        return []
 
     def _advance(self, chunk: Chunk, sampled: Sampled | None) -> SequenceStep | None:
         sequence = chunk.sequence
@@ -299,7 +247,7 @@ class Engine:
     def _end(self, sequence: Sequence, *, keep_blocks: bool) -> None:
         del self._live[sequence.id]
         self._scheduler.finish(sequence, keep_blocks=keep_blocks)
-        self._tables.forget(sequence)
+        self._forward.forget(sequence)
         sequence.drop_kv()
         if keep_blocks:
             self._held[sequence.id] = sequence
@@ -339,7 +287,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block is free or has exactly the holders that are known here; every phase fits its place."""
         self._scheduler.check_integrity()
-        self._tables.check_integrity(self._scheduler.running)
+        self._forward.check_integrity(self._scheduler.running)
         live = {sequence.id for sequence in (*self._scheduler.running, *self._scheduler.waiting)}
         assert live == set(self._live), "live sequences"
         assert all(sequence.phase is Phase.FINISHED for sequence in self._held.values()), "held sequences"

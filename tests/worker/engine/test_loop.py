@@ -1,8 +1,9 @@
 """The engine's thread: commands go in at any time, one result per step comes out on the event loop."""
 
 import asyncio
+import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,33 @@ from tests.worker.engine.drive import Outcome, collect, greedy, make_engine, new
 DEADLINE_S = 30
 
 
+class WatchedQueue(queue.SimpleQueue):
+    """Says when its reader sleeps."""
+
+    def __init__(self) -> None:
+        self.asleep = threading.Event()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        self.asleep.set()
+        command = super().get(block, timeout)
+        self.asleep.clear()
+        return command
+
+
+class WatchedSemaphore(threading.Semaphore):
+    """Says when someone has to wait for it."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value)
+        self.contended = threading.Event()
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        if super().acquire(blocking=False):
+            return True
+        self.contended.set()
+        return super().acquire(blocking, timeout)
+
+
 class Runner:
     """A running loop and what has come out of it so far."""
 
@@ -24,21 +52,42 @@ class Runner:
         self.outcomes: dict[str, Outcome] = {}
         self.results: list[StepResult] = []
         self.loop = EngineLoop(engine, self._on_step)
-        self._changed = asyncio.Condition()
+        self.commands = self.loop._commands = WatchedQueue()
+        self._news = asyncio.Event()
         self._event_thread = threading.get_ident()
 
     def _on_step(self, result: StepResult) -> None:
         assert threading.get_ident() == self._event_thread
         self.results.append(result)
         collect(result, self.outcomes)
+        self._news.set()
 
-    async def until(self, condition: Any) -> None:
+    async def _until(self, condition: Callable[[], Any]) -> None:
         async with asyncio.timeout(DEADLINE_S):
             while not condition():
-                await asyncio.sleep(0.001)
+                self._news.clear()
+                await self._news.wait()
+
+    async def heard_of(self, name: str) -> None:
+        await self._until(lambda: name in self.outcomes)
 
     async def finished(self, *names: str) -> None:
-        await self.until(lambda: all(name in self.outcomes and self.outcomes[name].finish for name in names))
+        await self._until(lambda: all(name in self.outcomes and self.outcomes[name].finish for name in names))
+
+    async def asleep(self) -> None:
+        assert await asyncio.to_thread(self.commands.asleep.wait, DEADLINE_S)
+
+    async def occupied(self) -> tuple[threading.Event, "asyncio.Task[bool]"]:
+        """Keeps the engine's thread busy until the event is set."""
+        inside, leave = threading.Event(), threading.Event()
+
+        def wait(engine: Engine) -> bool:
+            inside.set()
+            return leave.wait(DEADLINE_S)
+
+        task = asyncio.create_task(self.loop.call(wait))
+        assert await asyncio.to_thread(inside.wait, DEADLINE_S)
+        return leave, task
 
 
 @pytest.fixture
@@ -52,23 +101,23 @@ async def runner(llama) -> AsyncIterator[Runner]:
 
 async def test_sequences_added_at_any_time_give_the_oracles_tokens(runner: Runner, llama) -> None:
     runner.loop.add(new("a", make_prompt(30), greedy(20)))
-    await runner.until(lambda: "a" in runner.outcomes)
+    await runner.heard_of("a")
     runner.loop.add(new("b", make_prompt(17), greedy(20)))
     await runner.finished("a", "b")
     assert runner.outcomes["a"].ids == llama.generate(make_prompt(30), 20)[0]
     assert runner.outcomes["b"].ids == llama.generate(make_prompt(17), 20)[0]
     assert runner.loop.load.running == 0
-    await runner.until(lambda: runner.loop.stalled_s() == 0)
     await runner.loop.call(Engine.check_integrity)
 
 
 async def test_a_cancelled_sequence_is_reported_and_the_thread_sleeps_again(runner: Runner) -> None:
     runner.loop.add(new("long", make_prompt(30), greedy(900, ignore_eos=True)))
-    await runner.until(lambda: "long" in runner.outcomes)
+    await runner.heard_of("long")
     runner.loop.cancel("long")
     await runner.finished("long")
     assert runner.outcomes["long"].finish == "cancelled"
-    await runner.until(lambda: runner.loop.stalled_s() == 0)
+    await runner.asleep()
+    assert runner.loop.stalled_s() == 0
 
 
 async def test_refusals_are_raised_at_once_and_give_the_buffers_back(runner: Runner) -> None:
@@ -76,16 +125,14 @@ async def test_refusals_are_raised_at_once_and_give_the_buffers_back(runner: Run
     with pytest.raises(InvalidRequest):
         runner.loop.add(new("bad", [], greedy(5), kv=LoadedKv(0, [], lambda: copied.append(1))))
     assert copied == [1]
-    blocker = threading.Event()
-    stuck = asyncio.create_task(runner.loop.call(lambda engine: blocker.wait(DEADLINE_S)))
-    await runner.until(lambda: runner.loop.stalled_s() > 0)
+    leave, stuck = await runner.occupied()
     for index in range(6):
         runner.loop.add(new(f"s{index}", make_prompt(5), greedy(2)))
     with pytest.raises(Overloaded) as caught:
         runner.loop.add(new("s6", make_prompt(5), greedy(2), kv=LoadedKv(0, [], lambda: copied.append(1))))
     assert caught.value.retry_after_s and copied == [1, 1]
     assert runner.loop.stalled_s() > 0  # a stuck engine can be seen
-    blocker.set()
+    leave.set()
     await stuck
     await runner.finished(*(f"s{index}" for index in range(6)))
 
@@ -107,9 +154,8 @@ async def test_call_returns_and_raises_what_the_function_does(runner: Runner) ->
 
 
 async def test_a_cancelled_call_never_runs_later(runner: Runner) -> None:
-    blocker, ran = threading.Event(), []
-    first = asyncio.create_task(runner.loop.call(lambda engine: blocker.wait(DEADLINE_S)))
-    await runner.until(lambda: runner.loop.stalled_s() > 0)
+    ran: list[int] = []
+    leave, first = await runner.occupied()
     second = asyncio.create_task(runner.loop.call(lambda engine: ran.append(1)))
     await asyncio.sleep(0)
     second.cancel()
@@ -118,7 +164,7 @@ async def test_a_cancelled_call_never_runs_later(runner: Runner) -> None:
     first.cancel()  # runs already: the cancellation waits for its end
     await asyncio.sleep(0)
     assert not first.done()
-    blocker.set()
+    leave.set()
     with pytest.raises(asyncio.CancelledError):
         await first
     await runner.loop.call(lambda engine: None)
@@ -127,7 +173,7 @@ async def test_a_cancelled_call_never_runs_later(runner: Runner) -> None:
 
 async def test_full_blocks_are_exported_and_read_in_place_while_the_engine_steps(runner: Runner) -> None:
     runner.loop.add(new("a", make_prompt(40), greedy(100, ignore_eos=True), hold=True))
-    await runner.until(lambda: "a" in runner.outcomes)
+    await runner.heard_of("a")
     span = await runner.loop.retain("a", 0, 2)
     copies = [memoryview(bytearray(runner.loop.engine.layout.bytes_per_block)) for _ in range(2)]
     await runner.loop.export("a", 0, 2, copies)
@@ -139,7 +185,7 @@ async def test_full_blocks_are_exported_and_read_in_place_while_the_engine_steps
     runner.loop.release_span(span)
     with pytest.raises(NotFound):
         await runner.loop.export("a", 0, 1, copies[:1])
-    load = (await runner.loop.call(lambda engine: engine.load))
+    load = await runner.loop.call(lambda engine: engine.load)
     assert load.pool_blocks_free == load.pool_blocks_total
 
 
@@ -148,7 +194,7 @@ async def test_stopping_ends_what_runs_and_refuses_what_comes(llama) -> None:
     runner.loop.start()
     runner.loop.add(new("runs", make_prompt(20), greedy(900, ignore_eos=True)))
     runner.loop.add(new("waits", make_prompt(20), greedy(5), kv=LoadedKv(0, [], lambda: copied.append(1))))
-    await runner.until(lambda: "runs" in runner.outcomes)
+    await runner.heard_of("runs")
     await runner.loop.stop()
     await runner.finished("runs", "waits")
     assert all(isinstance(outcome.error, Unavailable) for outcome in runner.outcomes.values())
@@ -199,17 +245,11 @@ async def test_a_thread_that_dies_says_why_and_leaves_no_sequence_without_an_end
 
 async def test_an_event_loop_that_does_not_keep_up_slows_the_engine(llama) -> None:
     runner = Runner(make_engine(llama.loaded))
+    waiting = runner.loop._results = WatchedSemaphore(8)
     runner.loop.start()
-    runner.loop.add(new("a", make_prompt(5), greedy(1000, ignore_eos=True)))
-    await runner.until(lambda: "a" in runner.outcomes)
-    before = len(runner.results)
-    ready = threading.Event()
-    # Hold the event loop until the engine has stopped making results.
-    waiting = runner.loop._results
-    while waiting.acquire(blocking=False):
-        waiting.release()
-        ready.wait(0.001)
-    assert len(runner.results) == before
+    runner.loop.add(new("a", make_prompt(5), greedy(200, ignore_eos=True)))
+    assert waiting.contended.wait(DEADLINE_S)  # holds the event loop up: no result can be taken
+    assert not runner.results
     await runner.finished("a")
-    assert len(runner.outcomes["a"].ids) == 1000
+    assert len(runner.outcomes["a"].ids) == 200
     await runner.loop.stop()

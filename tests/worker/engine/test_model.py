@@ -97,7 +97,7 @@ def test_truncated_weights_are_refused_before_loading(keep: int, directory: Path
     refused(directory, "truncated")
 
 
-@pytest.mark.parametrize("junk", [b"\x10\0\0\0\0\0\0\0not json at all!", b"\x02\0\0\0\0\0\0\0[]", b"\x09\0\0\0\0\0\0\0{\"a\": {}}"])
+@pytest.mark.parametrize("junk", [b"\x10\0\0\0\0\0\0\0not json at all!", b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'])
 def test_a_broken_weight_header_is_refused(junk: bytes, directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(junk)
     refused(directory, "broken safetensors header")
@@ -190,7 +190,9 @@ def test_longrope_is_served_up_to_where_its_factors_change(tmp_path: Path) -> No
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
         "original_max_position_embeddings": 256, "factor": 4.0,
     }  # fmt: skip
-    directory = save_tiny("phi3", tmp_path / "phi3", rope_parameters=rope, partial_rotary_factor=1.0, original_max_position_embeddings=256)
+    directory = save_tiny(
+        "phi3", tmp_path / "phi3", rope_parameters=rope, partial_rotary_factor=1.0, original_max_position_embeddings=256
+    )
     assert load_model(directory, device="cpu").context_tokens == 256
     with pytest.raises(SettingsError, match="longrope"):
         load_model(directory, device="cpu", context_tokens=512)

@@ -101,9 +101,7 @@ def test_filters_keep_the_distribution_of_transformers_warpers(seed: int) -> Non
         warped = MinPLogitsWarper(min_p)(torch.tensor([[0]]), warped)
     expected = warped.softmax(-1)[0]
     draws = 4000
-    rows = [
-        sequence(Sampling(9, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=n)) for n in range(draws)
-    ]
+    rows = [sequence(Sampling(9, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=n)) for n in range(draws)]
     counts = torch.zeros(VOCAB)
     for sampled in sample(logits.expand(draws, -1), rows):
         assert sampled.token is not None
