@@ -7,6 +7,7 @@ The namespace of the loaded model commits to the weights' content, the configura
 
 import inspect
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,14 @@ def load_model(
     block_tokens: int = 0,
     context_tokens: int = 0,
     kernels: str = "auto",
+    threads: int = 0,
     on_progress: OnProgress | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint. 0 and "auto" choose from the model, as `WorkerSettings` says.
 
     Args:
         kernels: "auto", "off" or "require": the compiled CPU kernels.
+        threads: CPU threads of this process's engine.
         on_progress: called with (bytes done, bytes in all) while the weights are read; from several threads.
 
     Raises:
@@ -92,6 +95,7 @@ def load_model(
     directory = Path(directory)
     place = resolve_device(device)
     compiled = use_kernels(kernels, place)
+    set_threads(threads, compiled)
     checkpoint = checkpoints.inspect(directory)
     config = read_config(checkpoint)
     dtype = resolve_dtype(checkpoint, config, dtype)
@@ -103,9 +107,11 @@ def load_model(
         weights = digest.result()
     _probe(model, layout, place)
     if compiled:
-        from services.worker.kernels.patching import patch_linears
+        from services.worker.kernels.patching import patch_linears, patch_mlps, patch_norms
 
         patch_linears(model)
+        patch_norms(model)
+        patch_mlps(model)
     return LoadedModel(
         model=model,
         config=config,
@@ -144,6 +150,22 @@ def use_kernels(mode: str, device: torch.device) -> bool:
             raise SettingsError(f"kernels = require, but {ops.BUILD.reason}")
         log.warning("%s", ops.BUILD.reason)
     return ops.available()
+
+
+def set_threads(count: int, compiled: bool) -> None:
+    """Threads of this process; 0: the machine's cores.
+
+    With the compiled kernels torch gets one thread: what is left to it is small, and every parallel
+    region of its OpenMP pool waits for a thread that other processes may keep from running
+    (docs/benchmarks.md), which the kernels' own pool does not.
+    """
+    if compiled:
+        from services.worker.kernels import ops
+
+        ops.set_threads(count or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(1)
+    elif count:
+        torch.set_num_threads(count)
 
 
 def read_config(checkpoint: Checkpoint) -> Any:

@@ -188,10 +188,6 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
 
 
 def _load(settings: WorkerSettings) -> LoadedModel:
-    import torch
-
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     shown_percent = -1
 
     def on_progress(done: int, total: int) -> None:

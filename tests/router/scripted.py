@@ -66,7 +66,7 @@ class ScriptedDecode(pb_grpc.DecodeServicer):
                 report=report if position == 0 or last else None,
             )
 
-    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.WorkerInfo:  # noqa: N802
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.WorkerInfo:
         return pb.WorkerInfo(
             role="decode",
             id=self.id,
@@ -81,7 +81,7 @@ class ScriptedDecode(pb_grpc.DecodeServicer):
             load=self.load,
         )
 
-    async def Serve(self, requests: AsyncIterator[pb.RouterMessage], context: Any) -> AsyncIterator[pb.StepBatch]:  # noqa: N802
+    async def Serve(self, requests: AsyncIterator[pb.RouterMessage], context: Any) -> AsyncIterator[pb.StepBatch]:
         self.serves += 1
         out: asyncio.Queue[pb.StepBatch | None] = asyncio.Queue()
         live: dict[str, asyncio.Task[None]] = {}
@@ -151,10 +151,10 @@ class ScriptedStore(kv_grpc.KvStoreServicer):
         self.renewed = asyncio.Event()
         self.released: asyncio.Queue[bytes] = asyncio.Queue()
 
-    async def Describe(self, request: kv.DescribeRequest, context: Any) -> kv.StoreInfo:  # noqa: N802
+    async def Describe(self, request: kv.DescribeRequest, context: Any) -> kv.StoreInfo:
         return kv.StoreInfo(id=self.id, epoch=b"e" * 16, budget_bytes=1 << 20)
 
-    async def Lookup(self, request: kv.LookupRequest, context: Any) -> kv.LookupReply:  # noqa: N802
+    async def Lookup(self, request: kv.LookupRequest, context: Any) -> kv.LookupReply:
         self.lookups.append(request)
         if self.hang:
             await asyncio.Event().wait()
@@ -165,11 +165,11 @@ class ScriptedStore(kv_grpc.KvStoreServicer):
         self.leases.add(token)
         return kv.LookupReply(blocks=blocks, token=token, ttl_ms=request.lease_ms, epoch=b"e" * 16)
 
-    async def Renew(self, request: kv.RenewRequest, context: Any) -> kv.RenewReply:  # noqa: N802
+    async def Renew(self, request: kv.RenewRequest, context: Any) -> kv.RenewReply:
         self.renewed.set()
         return kv.RenewReply(ttl_ms=request.lease_ms)
 
-    async def Release(self, request: kv.ReleaseRequest, context: Any) -> kv.ReleaseReply:  # noqa: N802
+    async def Release(self, request: kv.ReleaseRequest, context: Any) -> kv.ReleaseReply:
         self.leases.discard(request.token)
         self.released.put_nowait(request.token)
         return kv.ReleaseReply()

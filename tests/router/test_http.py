@@ -124,7 +124,7 @@ async def test_a_body_over_the_limit_is_refused_whether_announced_or_not(start_s
 
         chunked = await stack.http.post(COMPLETIONS, content=unannounced())
         for response in (announced, chunked):
-            assert response.status_code == 413 and "at most 2048" in response.json()["error"]["message"] or "more than 2048" in response.text
+            assert (response.status_code == 413 and "at most 2048" in response.json()["error"]["message"]) or "more than 2048" in response.text
 
 
 async def test_prompts_come_as_text_ids_and_lists_of_both(stack: Stack) -> None:

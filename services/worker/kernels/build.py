@@ -1,10 +1,8 @@
 """Compiles the C kernels once per machine and loads them.
 
-1. `PENSTOCK_KERNELS` decides: `off` never compiles, `auto` (the default) falls back to torch with a reason,
-   `require` raises the reason.
-2. The library's name is a digest of sources, flags, compiler version and CPU features, so a changed file, an upgraded
+1. The library's name is a digest of sources, flags, compiler version and CPU features, so a changed file, an upgraded
    compiler or a home directory shared by unlike machines each get a library of their own.
-3. A missing library is compiled beside its place and renamed into it: concurrent processes agree, a killed one leaves
+2. A missing library is compiled beside its place and renamed into it: concurrent processes agree, a killed one leaves
    nothing that could be loaded.
 
 The kernels bring their own helper threads (pool.h says why) beside torch's OpenMP pool. An idle helper spins for 0.1 ms; an
@@ -20,15 +18,14 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from common.errors import SettingsError, Unavailable
+from common.errors import Unavailable
 
 SOURCES = ("simd.h", "pool.h", "linear.h", "attention.h", "rows.h", "kernels.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_DEADLINE_S = 120  # takes about 7 s alone on one core
-Mode = Literal["off", "auto", "require"]
 
 
 class Build(NamedTuple):
@@ -39,31 +36,13 @@ class Build(NamedTuple):
     reason: str
 
 
-def mode_from_environment() -> Mode:
-    """Raises `SettingsError` when `PENSTOCK_KERNELS` is something else."""
-    match os.environ.get("PENSTOCK_KERNELS", "auto"):
-        case "off":
-            return "off"
-        case "auto":
-            return "auto"
-        case "require":
-            return "require"
-        case other:
-            raise SettingsError(f"PENSTOCK_KERNELS is {other!r}; accepted: off, auto, require", param="PENSTOCK_KERNELS")
-
-
-def load(mode: Mode, cache: Path | None = None) -> Build:
-    """Compile if needed and load. Raises `Unavailable` only in mode `require`."""
-    if mode == "off":
-        return Build(None, None, "PENSTOCK_KERNELS=off")
+def load(cache: Path | None = None) -> Build:
+    """Compiles if needed and loads; a machine that can't gets the reason."""
     try:
         path = compile_library(cache or cache_dir())
         return Build(ctypes.CDLL(str(path)), path, f"compiled kernels from {path}")
     except (OSError, subprocess.SubprocessError, Unavailable) as error:
-        reason = f"CPU kernels are not available, torch is used instead: {error}"
-        if mode == "require":
-            raise Unavailable(f"PENSTOCK_KERNELS=require, but: {error}") from error
-        return Build(None, None, reason)
+        return Build(None, None, f"CPU kernels are not available, torch is used instead: {error}")
 
 
 def compile_library(cache: Path) -> Path:

@@ -32,7 +32,7 @@ class _Attention(ctypes.Structure):
     )
 
 
-BUILD: Final = build.load(build.mode_from_environment())
+BUILD: Final = build.load()
 _linear = _decode = _prefill = _rms_norm = _silu_mul = None
 if BUILD.library is not None:
     _linear, _decode, _prefill = (getattr(BUILD.library, f"penstock_{name}") for name in ("linear", "decode", "prefill"))
