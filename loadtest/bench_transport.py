@@ -60,7 +60,14 @@ async def serve(blocks: int, block_bytes: int, shm_path: str) -> None:
     source = stage.region.view(Span(0, blocks * block_bytes))
     with socket.create_server(("127.0.0.1", 0)) as plain:
         sending = asyncio.create_task(asyncio.to_thread(send_plainly, plain, source))
-        print(server.endpoint.shm, server.endpoint.tcp, f"127.0.0.1:{grpc_port}", plain.getsockname()[1], reading.token.hex(), flush=True)
+        print(
+            server.endpoint.shm,
+            server.endpoint.tcp,
+            f"127.0.0.1:{grpc_port}",
+            plain.getsockname()[1],
+            reading.token.hex(),
+            flush=True,
+        )
         writing = None
         while await asyncio.to_thread(sys.stdin.readline):
             if writing:
@@ -144,7 +151,16 @@ class Bench:
 
 async def measure(blocks: int, block_bytes: int, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["-m", "loadtest.bench_transport", "--serve", f"{folder}/s", "--blocks", str(blocks), "--block-bytes", str(block_bytes)]
+        argv = [
+            "-m",
+            "loadtest.bench_transport",
+            "--serve",
+            f"{folder}/s",
+            "--blocks",
+            str(blocks),
+            "--block-bytes",
+            str(block_bytes),
+        ]
         pipe = asyncio.subprocess.PIPE
         server = await asyncio.create_subprocess_exec(sys.executable, *argv, stdin=pipe, stdout=pipe)
         bench = Bench(blocks, block_bytes, server)

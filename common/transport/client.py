@@ -28,7 +28,7 @@ async def connect(endpoint: Endpoint, region: Region, *, prefer: Prefer = "auto"
     reasons: list[str] = []
     for carrier in ("shm", "tcp", "grpc") if prefer == "auto" else (prefer,):
         address = getattr(endpoint, carrier)
-        if not address or (prefer == "auto" and carrier == "shm" and not os.path.exists(address)):
+        if not address or (prefer == "auto" and carrier == "shm" and not _on_this_host(address)):
             reasons.append(f"{carrier}: {'not on this host' if address else 'not served'}")
             continue
         try:
@@ -39,6 +39,10 @@ async def connect(endpoint: Endpoint, region: Region, *, prefer: Prefer = "auto"
         except (OSError, TransferFailed, ProtocolError, Unavailable, InvalidRequest) as error:
             reasons.append(f"{carrier} {address}: {error}")
     raise Unavailable(f"byte plane: can't reach the peer by {prefer!r}: {'; '.join(reasons)}")
+
+
+def _on_this_host(path: str) -> bool:
+    return os.path.exists(path)
 
 
 async def _connect_shm(path: str, region: Region) -> Connection:

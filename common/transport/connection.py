@@ -30,7 +30,6 @@ from common.transport.conversation import Listener
 from common.transport.counters import Counters
 from common.transport.frames import (
     DEADLINE_MS_MAX,
-    REQUEST_BYTES_MAX,
     Cancel,
     Goodbye,
     Mode,
@@ -41,15 +40,15 @@ from common.transport.frames import (
     Welcome,
     encode,
 )
-from common.transport.interface import PARTS_MAX, LeaseToken, Part, PartStatus, Span
+from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.memory import crc32c_in_turns
+from common.transport.pending import Pending, check_reply, plan
 from common.transport.region import Region
 from common.transport.streams import Bytes, ByteStream, discard, next_event
 
 log = logging.getLogger(__name__)
 SETTLE_S = 1.0
 BODY_S = 10.0
-BATCH_BYTES = 8 << 20  # a larger transfer is split, so that disk, wire and checks overlap
 
 
 class Connection:
@@ -63,9 +62,9 @@ class Connection:
         self.counters = Counters()
         self._mode, self._stream, self._listener, self._region = mode, stream, listener, region
         self._budget = Budget(welcome.requests_max, welcome.bytes_max)
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._numbers = 0
-        self._outbox: deque[tuple[list[Bytes], _Pending | None]] = deque()
+        self._outbox: deque[tuple[list[Bytes], Pending | None]] = deque()
         self._outbox_filled = asyncio.Event()
         self._ended = ""  # why no more requests are taken
         self._running = asyncio.get_running_loop().create_task(self._run())
@@ -109,7 +108,7 @@ class Connection:
         assert [part.length for part in parts] == [span.length for span in spans], "parts and spans differ in length"
         deadline = asyncio.get_running_loop().time() + deadline_s
         views = [self._region.view(span) for span in spans]
-        statuses, batches = self._plan(op, parts, spans)
+        statuses, batches = plan(op, parts, spans, self._region)
         flow = self.counters.read if op is Op.READ else self.counters.write
 
         async def run(batch: list[int]) -> None:
@@ -124,29 +123,11 @@ class Connection:
         flow.count(statuses, [part.length for part in parts])
         return statuses
 
-    def _plan(self, op: Op, parts: Sequence[Part], spans: Sequence[Span]) -> tuple[list[PartStatus], list[list[int]]]:
-        """What is decided without the peer, and the batches of part numbers that go to it."""
-        statuses = [PartStatus.OK] * len(parts)
-        batches: list[list[int]] = []
-        room = 0
-        for index, part in enumerate(parts):
-            if part.length > REQUEST_BYTES_MAX:
-                statuses[index] = PartStatus.REJECTED
-            elif op is Op.READ and self._region.held(spans[index]):
-                statuses[index] = PartStatus.FULL
-            elif part.length:
-                if not batches or part.length > room or len(batches[-1]) == PARTS_MAX:
-                    batches.append([])
-                    room = BATCH_BYTES
-                batches[-1].append(index)
-                room -= part.length
-        return statuses, batches
-
     async def _request(
         self, op: Op, token: LeaseToken, parts: list[Part], spans: list[Span], views: list[memoryview], deadline: float
     ) -> list[PartStatus]:
         size = sum(part.length for part in parts)
-        pending: _Pending | None = None
+        pending: Pending | None = None
         received = self._stream.received_bytes
         try:
             async with asyncio.timeout_at(deadline):
@@ -176,7 +157,7 @@ class Connection:
         checksums: list[int],
         deadline: float,
         size: int,
-    ) -> "_Pending":
+    ) -> Pending:
         """Puts the request into the outbox. From here on, its place is given back by `_settle`."""
         if self._ended:
             self._budget.release(size)
@@ -194,16 +175,16 @@ class Connection:
             spans=tuple(offsets),
             payload_bytes=size if op is Op.WRITE and self._mode is Mode.INLINE else 0,
         )
-        pending = _Pending(event, spans, views, size)
+        pending = Pending(event, spans, views, size)
         self._pending[event.request] = pending
         self._post([encode(event), *(views if event.payload_bytes else ())], pending)
         return pending
 
-    def _post(self, pieces: list[Bytes], pending: "_Pending | None") -> None:
+    def _post(self, pieces: list[Bytes], pending: Pending | None) -> None:
         self._outbox.append((pieces, pending))
         self._outbox_filled.set()
 
-    async def _take_back(self, pending: "_Pending | None") -> None:
+    async def _take_back(self, pending: Pending | None) -> None:
         """The caller stops waiting: its spans are its own again when this returns (see the module's text)."""
         if pending is None or pending.settled.done():
             return
@@ -223,13 +204,13 @@ class Connection:
                 if not pending.settled.done():
                     self._hold(pending)
 
-    def _hold(self, pending: "_Pending") -> None:
+    def _hold(self, pending: Pending) -> None:
         log.warning("byte plane: a peer on this host doesn't answer; %d spans stay held", len(pending.spans))
         for span in pending.spans:
             self._region.hold(span)
         pending.held = True
 
-    def _settle(self, pending: "_Pending", statuses: list[PartStatus] | None = None) -> None:
+    def _settle(self, pending: Pending, statuses: list[PartStatus] | None = None) -> None:
         """No byte will land in the request's spans any more."""
         del self._pending[pending.event.request]
         self._budget.release(pending.size)
@@ -300,7 +281,7 @@ class Connection:
         pending = self._pending.get(reply.request)
         if pending is None:
             raise ProtocolError(f"reply to request {reply.request}: expected one in flight")
-        _check_reply(reply, pending.event, self._mode)
+        check_reply(reply, pending.event, self._mode)
         statuses = list(reply.statuses)
         if pending.event.op is Op.READ:
             for index, view in enumerate(pending.views):
@@ -309,36 +290,10 @@ class Connection:
                     statuses[index] = await self._receive_part(pending, view, length, reply.checksums[index])
         self._settle(pending, statuses)
 
-    async def _receive_part(self, pending: "_Pending", view: memoryview, length: int, checksum: int) -> PartStatus:
+    async def _receive_part(self, pending: Pending, view: memoryview, length: int, checksum: int) -> PartStatus:
         if self._mode is Mode.INLINE and not await self._stream.receive(view, length):
             return PartStatus.FAILED
         try:
             return PartStatus.OK if await crc32c_in_turns(view) == checksum else PartStatus.CORRUPT
         except ValueError:  # taken back while it was checked
             return PartStatus.FAILED
-
-
-class _Pending:
-    """A request between its submission and its settlement."""
-
-    def __init__(self, event: Transfer, spans: list[Span], views: list[memoryview], size: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.event, self.spans, self.views, self.size = event, spans, views, size
-        self.outcome: asyncio.Future[list[PartStatus]] = loop.create_future()
-        self.settled: asyncio.Future[None] = loop.create_future()
-        self.abandoned = False
-        self.held = False
-
-    def release_views(self) -> None:
-        for view in self.views:
-            view.release()
-
-
-def _check_reply(reply: Reply, request: Transfer, mode: Mode) -> None:
-    if len(reply.statuses) != len(request.parts):
-        raise ProtocolError(f"reply of {len(reply.statuses)} parts: expected {len(request.parts)}")
-    payload = 0
-    if mode is Mode.INLINE and request.op is Op.READ:
-        payload = sum(part.length for part, status in zip(request.parts, reply.statuses, strict=True) if status is PartStatus.OK)
-    if reply.payload_bytes != payload:
-        raise ProtocolError(f"reply with {reply.payload_bytes} payload bytes: expected {payload}")

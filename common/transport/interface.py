@@ -71,7 +71,12 @@ class Transport(Protocol):
     async def read(
         self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], *, deadline_s: float
     ) -> list[PartStatus]:
-        """Fills `into[i]` with `parts[i]`; equal lengths pairwise. Never raises for a part."""
+        """Fills `into[i]` with `parts[i]`; equal lengths pairwise. Never raises for a part.
+
+        When this returns, or raises because it was cancelled, no byte lands in `into` any more. The one
+        exception is a peer on this host that hangs while it has our memory mapped (shm): its spans are
+        then held by the region (`Region.held`), and a read into held bytes comes back FULL.
+        """
         ...
 
     async def write(
@@ -84,7 +89,7 @@ class Transport(Protocol):
 
 
 class Area(Protocol):
-    """What a byte-plane server serves. Called from the server's event loop."""
+    """What a byte-plane server serves. Called from the server's event loop; its coroutines are never cancelled."""
 
     async def read(
         self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None
@@ -101,7 +106,11 @@ class Area(Protocol):
         ...
 
     def write_buffers(self, token: LeaseToken, parts: Sequence[Part]) -> list[memoryview | PartStatus]:
-        """Where to receive each part, or why not. Every buffer is passed to `commit` or `abort` once."""
+        """Where to receive each part, or why not. Every buffer is passed to `commit` or `abort` once.
+
+        The area may take a buffer back at any moment by releasing the memoryview: from then on nothing is
+        written through it, and its part ends as REJECTED. `OK` instead of a buffer: the bytes are there already.
+        """
         ...
 
     async def commit(

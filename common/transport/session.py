@@ -7,17 +7,15 @@ Life cycle:
 3. Every request is replied to just once, also when it was cancelled, whatever its area did.
 4. At end-of-stream or an error, what is in flight is let finish: only then are the client's region
    unmapped and the socket closed. So end-of-stream tells a client that its memory is its own again.
-
-An area's coroutine is never cancelled: threads or disks behind it may still write into the buffers.
 """
 
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
-from common.errors import InvalidRequest, PenstockError, TransferFailed
+from common.errors import InvalidRequest, TransferFailed
 from common.transport.budget import Budget
 from common.transport.conversation import Listener, Role
 from common.transport.frames import (
@@ -34,16 +32,14 @@ from common.transport.frames import (
     Welcome,
     encode,
 )
-from common.transport.interface import Part, PartStatus
-from common.transport.memory import checksum_of_copy, crc32c_in_turns
+from common.transport.interface import PartStatus
 from common.transport.reception import Reception
 from common.transport.region import RemoteRegion
+from common.transport.requests import IncomingWrite, ReadResult, read_area
 from common.transport.streams import Bytes, ByteStream, discard, next_event
 
 log = logging.getLogger(__name__)
 Outcome = list[PartStatus]
-ReadResult = tuple[PartStatus, memoryview | None, int]
-T = TypeVar("T")
 
 
 class Session:
@@ -162,16 +158,14 @@ class Session:
         self._budget.release(event.total_bytes)
         self._reception.budget.release(event.total_bytes)
 
-    # READ
+    # Requests
 
     async def _read(self, event: Transfer, spans: Sequence[memoryview] | None, deadline: float) -> None:
         views: list[memoryview] = []
         try:
             with self._counters.read.transfer():
-                failed: list[ReadResult] = [(PartStatus.FAILED, None, 0)] * len(event.parts)
-                results = await self._guarded(self._area.read(event.token, event.parts, spans), failed)
+                results = await read_area(self._area, event, spans)
                 views = [view for _, view, _ in results if view is not None]
-                results = [_sane(result, part) for result, part in zip(results, event.parts, strict=True)]
                 await self._answer_read(event, results, deadline)
         finally:
             if self._region is None and views:
@@ -180,92 +174,39 @@ class Session:
             self._forget(event)
 
     async def _answer_read(self, event: Transfer, results: Sequence[ReadResult], deadline: float) -> None:
-        inline = self._region is None
-        payload = [view for status, view, _ in results if inline and view is not None and status is PartStatus.OK]
-        statuses = await self._answer(
-            event, [status for status, _, _ in results], deadline, [crc for _, _, crc in results], payload
-        )
+        payload = [view for status, view, _ in results if view is not None and status is PartStatus.OK]
+        checksums = [checksum for _, _, checksum in results]
+        inline = payload if self._region is None else []
+        statuses = await self._answer(event, [status for status, _, _ in results], deadline, checksums, inline)
         self._counters.read.count(statuses, [part.length for part in event.parts])
-
-    # WRITE
 
     async def _receive_write(self, event: Transfer, spans: Sequence[memoryview] | None, deadline: float) -> None:
         """Inline payloads are received here, in order; what follows runs beside the next request."""
-        held = _Held(event, self._buffers(event))
+        write = IncomingWrite(self._area, event)
         try:
             if spans is None:
                 async with asyncio.timeout_at(deadline + self._limits.stall_s):
-                    await self._fill_from_stream(event, held)
+                    await write.receive(self._stream)
         except BaseException:
-            self._abort(held, PartStatus.FAILED)
+            write.abort(PartStatus.FAILED)
             self._forget(event)
             raise
-        self._spawn(self._write(event, held, spans, deadline))
+        self._spawn(self._write(event, write, spans, deadline))
 
-    def _buffers(self, event: Transfer) -> list[memoryview | PartStatus]:
-        try:
-            return self._area.write_buffers(event.token, event.parts)
-        except Exception:
-            log.exception("byte plane: the area failed to give buffers")
-            return [PartStatus.FAILED] * len(event.parts)
-
-    async def _fill_from_stream(self, event: Transfer, held: "_Held") -> None:
-        for index, part in enumerate(event.parts):
-            buffer = held.buffers[index]
-            if buffer is None:
-                await discard(self._stream, part.length)
-            elif not await self._stream.receive(buffer, part.length):
-                self._abort(held, PartStatus.REJECTED, index)
-            else:
-                await self._verify(event, held, index, crc32c_in_turns(buffer))
-
-    async def _fill_from_region(self, event: Transfer, held: "_Held", spans: Sequence[memoryview]) -> None:
-        for index, span in enumerate(spans):
-            buffer = held.buffers[index]
-            if buffer is None:
-                continue
-            await self._verify(event, held, index, checksum_of_copy(buffer, span))
-            await asyncio.sleep(0)
-
-    async def _verify(self, event: Transfer, held: "_Held", index: int, checksum: Coroutine[Any, Any, int]) -> None:
-        try:
-            if await checksum != event.checksums[index]:
-                self._abort(held, PartStatus.CORRUPT, index)
-        except ValueError:  # the buffer was released: the area took it back
-            self._abort(held, PartStatus.REJECTED, index)
-
-    async def _write(self, event: Transfer, held: "_Held", spans: Sequence[memoryview] | None, deadline: float) -> None:
+    async def _write(self, event: Transfer, write: IncomingWrite, spans: Sequence[memoryview] | None, deadline: float) -> None:
         try:
             with self._counters.write.transfer():
                 if spans is not None:
-                    await self._fill_from_region(event, held, spans)
+                    await write.copy_from(spans)
                 if late := self._lateness(event, deadline):
-                    self._abort(held, late)
-                await self._commit(event, held)
-            self._counters.write.count(held.statuses, [part.length for part in event.parts])
-            await self._answer(event, held.statuses, None)
+                    write.abort(late)
+                await write.commit()
+            self._counters.write.count(write.statuses, [part.length for part in event.parts])
+            await self._answer(event, write.statuses, None)
         finally:
-            self._abort(held, PartStatus.FAILED)
+            write.abort(PartStatus.FAILED)
             _release(spans)
             self._forget(event)
-
-    async def _commit(self, event: Transfer, held: "_Held") -> None:
-        ready = held.take()
-        if not ready:
-            return
-        parts, buffers = [event.parts[i] for i, _ in ready], [buffer for _, buffer in ready]
-        work = self._area.commit(event.token, parts, buffers, [event.checksums[i] for i, _ in ready])
-        for (index, _), status in zip(ready, await self._guarded(work, [PartStatus.FAILED] * len(ready)), strict=True):
-            held.statuses[index] = status
-
-    def _abort(self, held: "_Held", status: PartStatus, only: int | None = None) -> None:
-        """Gives buffers that won't be committed back to the area, each once."""
-        for index, buffer in held.take(only):
-            held.statuses[index] = status
-            try:
-                self._area.abort(held.event.token, [held.event.parts[index]], [buffer])
-            except Exception:
-                log.exception("byte plane: the area failed to abort a write")
 
     # Common
 
@@ -289,16 +230,6 @@ class Session:
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
-
-    async def _guarded(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
-        """The area's answer, or `otherwise` when it raises: its trouble is not the connection's."""
-        try:
-            return await work
-        except PenstockError as error:
-            log.warning("byte plane: the area refused: %s", error.message)
-        except Exception:
-            log.exception("byte plane: the area failed")
-        return otherwise
 
     async def _answer(
         self,
@@ -366,33 +297,8 @@ class Session:
         self.ended.set()
 
 
-def _sane(result: ReadResult, part: Part) -> ReadResult:
-    """An area that says OK without just the bytes asked for has failed."""
-    status, view, _ = result
-    if status is PartStatus.OK and (view is None or len(view) != part.length):
-        log.error("byte plane: the area gave %s bytes for %s", None if view is None else len(view), part)
-        return PartStatus.FAILED, None, 0
-    return result
-
-
 def _release(spans: Sequence[memoryview] | None) -> None:
     """Lets go of the client's memory, also where an area or a traceback still has the view."""
     for view in spans or ():
         with suppress(BufferError):
             view.release()
-
-
-class _Held:
-    """Buffers of one WRITE: each leaves once, to be committed or aborted."""
-
-    def __init__(self, event: Transfer, given: Sequence[memoryview | PartStatus]) -> None:
-        self.event = event
-        self.buffers: list[memoryview | None] = [None if isinstance(item, PartStatus) else item for item in given]
-        self.statuses: Outcome = [item if isinstance(item, PartStatus) else PartStatus.FAILED for item in given]
-
-    def take(self, only: int | None = None) -> list[tuple[int, memoryview]]:
-        chosen = range(len(self.buffers)) if only is None else [only]
-        taken = [(index, buffer) for index in chosen if (buffer := self.buffers[index]) is not None]
-        for index, _ in taken:
-            self.buffers[index] = None
-        return taken

@@ -5,9 +5,11 @@ import gc
 import os
 import random
 import socket
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import grpc.aio
@@ -17,7 +19,7 @@ import uvloop
 
 from common.errors import InvalidRequest, Unavailable
 from common.transport import connection as connection_module
-from common.transport.client import connect
+from common.transport.client import Prefer, connect
 from common.transport.connection import Connection
 from common.transport.frames import Hello, Mode, Op, Transfer, encode
 from common.transport.interface import Area, Endpoint, LeaseToken, Part, PartStatus, Span
@@ -26,7 +28,7 @@ from common.transport.reception import Limits
 from common.transport.region import Region
 from common.transport.server import serve_bytes
 from services.worker.stage import Right, Stage
-from tests.contract.wire import GatedArea, Proxy, Served, other_process, serve
+from tests.contract.wire import GatedArea, Proxy, Served, other_process, serve, until
 
 OK, CORRUPT, REJECTED, FULL, FAILED, EXPIRED = (
     PartStatus.OK,
@@ -110,7 +112,7 @@ async def region(no_leaks: None) -> AsyncIterator[Region]:
 async def connecting(serving: Serve, region: Region) -> AsyncIterator[Connect]:
     opened: list[Connection] = []
 
-    async def start(endpoint: Endpoint, carrier: str, into: Region = region) -> Connection:
+    async def start(endpoint: Endpoint, carrier: Prefer, into: Region = region) -> Connection:
         opened.append(await connect(endpoint, into, prefer=carrier))
         return opened[-1]
 
@@ -151,7 +153,7 @@ async def test_random_parts_written_by_one_client_are_read_by_another(
     parts: list[Part] = []
     for item in range(8):
         cuts = sorted({0, SLOT, *(rng.randrange(1, SLOT) for _ in range(5))})
-        parts += [Part(item, start, end - start) for start, end in zip(cuts, cuts[1:], strict=False)]
+        parts += [Part(item, start, end - start) for start, end in pairwise(cuts)]
     rng.shuffle(parts)
     source = spans(parts)
     region.view(Span(0, 8 * SLOT))[:] = rng.randbytes(8 * SLOT)
@@ -478,8 +480,7 @@ async def test_closing_the_server_finishes_what_is_in_flight(carrier: str, servi
     task = asyncio.create_task(transport.read(NOBODY, [Part(0, 0, 8)], [Span(0, 8)], deadline_s=LONG_S))
     await area.entered.acquire()
     closing = asyncio.create_task(served.server.close())
-    while transport.usable:
-        await asyncio.sleep(0)
+    await until(lambda: not transport.usable)
     assert await transport.read(NOBODY, [Part(0, 0, 8)], [Span(8, 8)], deadline_s=LONG_S) == [FAILED]
     area.gate.set()
     assert await task == [OK]
@@ -507,7 +508,7 @@ async def test_a_closed_transport_fails_what_is_in_flight(carrier: str, serving:
 
 
 async def test_a_restarted_server_is_a_clean_failure_and_then_works(
-    carrier: str, serving: Serve, stage: Stage, region: Region
+    carrier: Prefer, serving: Serve, stage: Stage, region: Region
 ) -> None:
     pool = TransportPool(region, prefer=carrier)
     served = await serving(stage)
@@ -549,7 +550,7 @@ asyncio.run(main())
 
 
 async def test_a_peer_killed_in_mid_transfer_fails_its_parts_and_its_successor_serves(
-    carrier: str, no_leaks: None, region: Region, tmp_path: Path
+    carrier: Prefer, no_leaks: None, region: Region, tmp_path: Path
 ) -> None:
     pool = TransportPool(region, prefer=carrier)
     for _ in range(2):
@@ -573,7 +574,7 @@ async def test_a_peer_killed_in_mid_transfer_fails_its_parts_and_its_successor_s
 
 CLIENT_PROCESS = """
 import asyncio, socket, sys
-from common.transport.client import connect
+from common.transport.client import Prefer, connect
 from common.transport.frames import *
 from common.transport.interface import *
 from common.transport.region import Region
@@ -595,11 +596,9 @@ async def test_a_client_killed_in_mid_write_leaves_slots_unfilled_and_free(
     slots = stage.reserve(8)
     lease = stage.grant(slots, Right.WRITE, LONG_S)
     async with other_process(CLIENT_PROCESS, carrier, getattr(served.endpoint, carrier), lease.token.hex()) as process:
-        while not stage.counters.write.in_flight and not lease.filled_count:
-            await asyncio.sleep(0)
+        await until(lambda: stage.counters.write.in_flight or lease.filled_count)
         process.kill()
-    while served.reception.sessions:
-        await asyncio.sleep(0)
+    await until(lambda: not served.reception.sessions)
     assert not stage.counters.write.in_flight
     stage.free(slots)
     assert stage.slots_free == 32
@@ -692,10 +691,10 @@ async def test_an_shm_client_without_a_proper_region_is_refused(
     plain = os.memfd_create("plain")  # no seals
     os.ftruncate(plain, 4096)
     sealed = Region(4096)
-    with open(tmp_path / "file", "w+b") as file:
+    with tempfile.TemporaryFile() as file:
         file.truncate(4096)
-        cases = [([], 4096), ([plain], 4096), ([file.fileno()], 4096), ([sealed.fd], 8192), ([sealed.fd, sealed.fd], 4096)]
-        for fds, size in cases[:-1]:
+        cases = [([], 4096), ([plain], 4096), ([file.fileno()], 4096), ([sealed.fd], 8192)]
+        for fds, size in cases:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(served.endpoint.shm)
                 socket.send_fds(sock, [encode(Hello(Mode.REGION, size))], fds) if fds else sock.sendall(
@@ -732,10 +731,8 @@ async def test_a_client_that_does_not_read_its_reply_is_dropped(serving: Serve, 
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         zeros = (0,) * 32
         sock.sendall(HELLO + encode(Transfer(Op.READ, 1, lease.token, 500, tuple(whole(32)), zeros, zeros)))
-        while not served.reception.sessions:
-            await asyncio.sleep(0)
-        while served.reception.sessions:
-            await asyncio.sleep(0)
+        await until(lambda: served.reception.sessions)
+        await until(lambda: not served.reception.sessions)
     assert not served.reception.budget.requests
 
 

@@ -3,8 +3,8 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 
 import grpc.aio
 import msgspec
@@ -16,6 +16,15 @@ from common.transport.reception import Limits, Reception
 from common.transport.server import BytesServer, serve_bytes
 
 MARK = b"\xaa" * 64  # what `Proxy` looks for in the payload
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Gives others their turn until it holds."""
+    async with asyncio.timeout(60):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0)
 
 
 class Served:
@@ -93,10 +102,8 @@ class Proxy:
             pass
         finally:
             writer.close()
-            try:
+            with suppress(OSError):
                 await writer.wait_closed()
-            except OSError:
-                pass
 
 
 class GatedArea:

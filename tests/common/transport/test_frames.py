@@ -28,7 +28,7 @@ from common.transport.frames import (
 from common.transport.interface import LeaseToken, Part, PartStatus
 
 TOKEN = LeaseToken(bytes(range(16)))
-GOLDEN = [
+GOLDEN: list[tuple[Event, str]] = [
     (
         Hello(Mode.REGION, 1 << 20),
         "50534250 01 01 0000 0000000000000000 00000000 10000000 0000000000000000 00000000 83868cac "

@@ -10,7 +10,7 @@ from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus, S
 from common.transport.pool import TransportPool
 from common.transport.region import Region
 from common.transport.server import BytesServer, serve_bytes
-from tests.contract.wire import GatedArea
+from tests.contract.wire import GatedArea, until
 
 NOBODY = LeaseToken(bytes(16))
 PART, SPAN = [Part(0, 0, 8)], [Span(0, 8)]
@@ -82,8 +82,7 @@ async def test_the_longest_unused_peer_makes_room_and_comes_back_when_used(regio
     kept = [pool.transport(server.endpoint) for server in servers[:1]]
     for server in servers:
         assert await pool.transport(server.endpoint).read(NOBODY, PART, SPAN, deadline_s=30) == [PartStatus.OK]
-    while servers[0].reception.sessions:
-        await asyncio.sleep(0)
+    await until(lambda: not servers[0].reception.sessions)
     assert await kept[0].read(NOBODY, PART, SPAN, deadline_s=30) == [PartStatus.OK]
     await kept[0].close()
     await pool.close()
