@@ -22,8 +22,8 @@ import msgspec
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
-from common.transport.memory import copy, crc32c
-from services.kvstore.buffers import BufferPool, address
+from common.transport.memory import crc32c
+from services.kvstore.buffers import BufferPool, address, copy
 from services.kvstore.io_pool import NotStarted
 from services.kvstore.leases import ReadLease, WriteLease
 from services.kvstore.record import PAGE_BYTES, SlotHeader, encode_slot, pages

@@ -15,8 +15,8 @@ import os
 import threading
 from pathlib import Path
 
-from common.transport.memory import copy, crc32c
-from services.kvstore.buffers import address, aligned
+from common.transport.memory import crc32c
+from services.kvstore.buffers import address, aligned, copy
 from services.kvstore.files import Files
 from services.kvstore.record import (
     PAGE_BYTES,
