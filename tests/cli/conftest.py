@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,8 @@ class Launcher:
             self.process.wait()
         if self._out >= 0:
             os.close(self._out)
+        if found := state.read(self.data):
+            shutil.rmtree(found.run_dir, ignore_errors=True)
 
     def _line(self) -> str:
         line = b""
