@@ -1,24 +1,37 @@
 """The model card: a pure function from what a run measured to Markdown."""
 
-import math
+import json
 from typing import Any, NamedTuple
 
 from deploy.demo_model import dataset as data
 from deploy.demo_model.evaluate import Score
 
-SETTINGS = ("steps", "minutes", "seed", "tokens_per_step", "row_tokens", "optimiser", "learning_rate", "weight_decay", "dropout", "compile")
+LOG = "training_log.json"
+
+
+class Run(NamedTuple):
+    settings: dict[str, Any]
+    device: str
+    kept_step: int  # whose weights are the run's result
+    log: list[dict[str, float]]  # one row per evaluation
 
 
 class Facts(NamedTuple):
     parameters: int
     config: dict[str, Any]
     corpus: data.Dataset
-    log: list[dict[str, float]]
+    runs: list[Run]  # each but the first from the weights of the one before
     scores: list[Score]  # by kind, as data.KINDS
     by_position: list[tuple[int, float]]
-    samples: list[tuple[str, str]]
-    device: str
-    settings: dict[str, Any]
+    samples: list[tuple[str, str]]  # (asked, answered)
+
+
+def runs_to_json(runs: list[Run]) -> str:
+    return json.dumps([run._asdict() for run in runs], indent=1) + "\n"
+
+
+def runs_from_json(text: str) -> list[Run]:
+    return [Run(**run) for run in json.loads(text)]
 
 
 def text(facts: Facts) -> str:
@@ -92,27 +105,42 @@ out with all its functions; a function that also occurs in a training file is le
 
 
 def _training(facts: Facts) -> str:
-    last = facts.log[-1]
-    best = min(facts.log, key=lambda row: row["held_out_library_loss"] + row["held_out_conversation_loss"])
-    epochs = last["tokens"] / facts.corpus.count_tokens(facts.corpus.select(held_out=False))
-    settings = ", ".join(f"{name} {value}" for name, value in facts.settings.items() if value != math.inf)
+    corpus_tokens = facts.corpus.count_tokens(facts.corpus.select(held_out=False))
+    tokens = sum(_kept_row(run)["tokens"] for run in facts.runs)
+    runs = [_run(number, run) for number, run in enumerate(facts.runs, 1)]
     return f"""\
 ## Training
 
-`python -m deploy.demo_model.train`, on one {facts.device}: {last["step"]:,} steps, {last["tokens"] / 1e6:.0f} million tokens ({epochs:.0f} epochs), {last["seconds"] / 60:.1f} minutes.
-Settings: {settings}. Learning rate: warm-up, flat, then linear to zero. The weights kept are those of step {best["step"]:,}, where the held-out loss was lowest.
-`training_log.csv` has the curve; the training loss is measured with dropout on, and so reads higher than it would without.
+With `python -m deploy.demo_model.train`, from random weights; what is here has seen {tokens / 1e6:.0f} million tokens,
+{tokens / corpus_tokens:.1f} times the training text. The learning rate warms up, is flat, then falls linearly to zero over the last
+`decay_share` of a run. After each run the weights of the step with the lowest held-out loss are kept, and a next run starts from them.
+The training loss is measured with dropout on, so it reads higher than it would without. `{LOG}` has the whole curve.
 
-| step | training loss | held-out library loss | held-out conversation loss |
-| --- | --- | --- | --- |
-{chr(10).join(_log_line(row) for row in _thinned(facts.log))}
+{chr(10).join(runs)}"""
+
+
+def _run(number: int, run: Run) -> str:
+    last = run.log[-1]
+    settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
+    return f"""\
+Run {number}, on one {run.device}: {last["step"]:,} steps in {last["seconds"] / 60:.1f} minutes, kept: step {run.kept_step:,}.
+Settings: {settings}.
+
+| step | million tokens | training loss | held-out library loss | held-out conversation loss |
+| --- | --- | --- | --- | --- |
+{chr(10).join(_log_line(row) for row in _thinned(run))}
 """
+
+
+def _kept_row(run: Run) -> dict[str, float]:
+    return next(row for row in run.log if row["step"] == run.kept_step)
 
 
 def _results(facts: Facts) -> str:
     lines = [
         f"| {name} | {score.tokens:,} | {score.loss:.3f} | {score.perplexity:.2f} | {score.bits_per_byte:.3f} |"
         for name, score in zip(data.KINDS, facts.scores, strict=True)
+        if score.tokens
     ]
     table = f"""\
 ## Held-out results
@@ -137,15 +165,20 @@ The long context is used: loss by position in those held-out files that fill it.
 
 
 def _samples(facts: Facts) -> str:
-    shown = [f"Asked:\n\n```text\n{prompt.rstrip()}\n```\n\nAnswered:\n\n```text\n{answer.rstrip()}\n```\n" for prompt, answer in facts.samples]
-    return "## Samples\n\nGreedy, one user message each, neither chosen nor mended.\n\n" + "\n".join(shown)
+    shown = [f"Asked:\n\n{_quoted(asked)}\nAnswered:\n\n{_quoted(answered)}" for asked, answered in facts.samples]
+    return "## Samples\n\nGreedy, at most 160 tokens, one user message each, neither chosen nor mended.\n\n" + "\n".join(shown)
 
 
-def _thinned(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    """At most about a dozen rows, the last among them."""
-    stride = max(1, len(log) // 12)
-    return log[::-stride][::-1]
+def _quoted(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```\n"
+
+
+def _thinned(run: Run) -> list[dict[str, float]]:
+    """About a dozen rows of the log, the kept one and the last among them."""
+    stride = max(1, len(run.log) // 10)
+    return [row for index, row in enumerate(run.log) if index % stride == 0 or row["step"] == run.kept_step or row is run.log[-1]]
 
 
 def _log_line(row: dict[str, float]) -> str:
-    return f"| {row['step']:,} | {row['training_loss']:.3f} | {row['held_out_library_loss']:.3f} | {row['held_out_conversation_loss']:.3f} |"
+    losses = [row[name] for name in ("training_loss", "held_out_library_loss", "held_out_conversation_loss")]
+    return f"| {row['step']:,} | {row['tokens'] / 1e6:.0f} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |"

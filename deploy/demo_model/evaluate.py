@@ -31,7 +31,7 @@ class Score(NamedTuple):
 
     @property
     def loss(self) -> float:
-        return self.nats / self.tokens
+        return self.nats / max(1, self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -42,16 +42,25 @@ class Score(NamedTuple):
         return self.loss / math.log(2) / self.bytes_per_token
 
 
-def score(model: torch.nn.Module, dataset: data.Dataset, kind: int, autocast: AbstractContextManager[Any], rows_max: int = 1_000_000) -> Score:
-    """Loss over the held-out documents of one kind, packed as in training into rows of 2,048 tokens, always the same rows."""
+def score(
+    model: torch.nn.Module, dataset: data.Dataset, kind: int, autocast: AbstractContextManager[Any], rows_max: int = 1_000_000
+) -> Score:
+    """Loss over the held-out documents of one kind, packed as in training into rows of 2,048 tokens, always the same rows.
+
+    Where there is not one row of them, a score of no tokens and no loss.
+    """
     documents = dataset.select(held_out=True, kind=kind)
     packed = _first(data.rows(dataset, documents, ROW_TOKENS, Random(0)), rows_max)
+    if not packed:
+        return Score(0, 0.0, 1.0)
     losses = _token_losses(model, packed, autocast)
     bytes_per_token = sum(int(dataset.text_bytes[index]) for index in documents) / max(1, dataset.count_tokens(documents))
     return Score(losses.numel(), float(losses.sum()), bytes_per_token)
 
 
-def loss_by_position(model: torch.nn.Module, dataset: data.Dataset, autocast: AbstractContextManager[Any]) -> list[tuple[int, float]]:
+def loss_by_position(
+    model: torch.nn.Module, dataset: data.Dataset, autocast: AbstractContextManager[Any]
+) -> list[tuple[int, float]]:
     """(position bound, mean loss since the bound before) over held-out files at least as long as the whole context."""
     documents = [index for index in dataset.select(held_out=True) if len(dataset.document(index)) >= POSITIONS[-1]]
     packed = [dataset.document(index)[: POSITIONS[-1]] for index in documents if dataset.kinds[index] != data.CHAT]
