@@ -15,7 +15,7 @@ from common.errors import Internal
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
 from common.storage import Admission, BlockMeta
-from common.transport.interface import TOKEN_BYTES, Endpoint, LeaseToken
+from common.transport.interface import Endpoint, LeaseToken
 from common.wire import lease_token
 
 __all__ = ["Admission", "BlockMeta", "KvStoreClient", "Reservation", "StoreInfo", "StoredPrefix"]

@@ -1,338 +1,41 @@
-"""The byte plane's view of the store: leased blocks are read, reserved slots are filled.
+"""The byte plane's view of the store: leased blocks are read, reserved slots are filled."""
 
-Reading: an item of a read lease is read from its slot into the caller's memory (or a buffer of ours)
-and its payload checked against the checksum that the index holds for exactly this filling of the slot.
-That check also catches a misdirected or stale slot, so the header page isn't read again. The checksum
-goes along, and the receiver checks once more. A range of a block is cut from the verified whole.
+from collections.abc import Sequence
 
-Writing: an item of a write lease takes the whole block, once. `commit` returns when it is durable.
-
-Memory: `read_buffers` and `image_buffers` are bounded; reads wait for room, writes are refused as FULL.
-A disk that hangs costs the caller its deadline (EXPIRED), never more; only reads into the caller's own
-memory are waited for once they have started, because the disk may still write there.
-"""
-
-import asyncio
-import errno
-from collections.abc import Callable, Sequence
-from functools import partial
-
-import msgspec
-
-from common.errors import Overloaded
-from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
-from common.transport.memory import crc32c
-from services.kvstore.buffers import BufferPool, address, copy
-from services.kvstore.io_pool import NotStarted
-from services.kvstore.leases import ReadLease, WriteLease
-from services.kvstore.record import PAGE_BYTES, SlotHeader, encode_slot, pages
-from services.kvstore.segment import CorruptPayload, Segment
-from services.kvstore.shelf import Shelf
+from services.kvstore.area_reads import ReadResult, Reads
+from services.kvstore.area_writes import Writes
 from services.kvstore.store import Store
-from services.kvstore.write_item import WriteItem, WriteState
-from services.kvstore.writer import Outcome, SlotWrite
-
-log = Log("area")
-_NOT_THE_DISK = (errno.EFAULT, errno.EINVAL, errno.ENOMEM, errno.EAGAIN, errno.EINTR)  # the block isn't to blame
-ReadResult = tuple[PartStatus, memoryview | None, int]
-
-
-class _Target(msgspec.Struct):
-    """One part to read: where its block lies, and where its bytes go."""
-
-    index: int  # in the request
-    part: Part
-    shelf: Shelf
-    slot: int
-    sequence: int
-    checksum: int
-    view: memoryview | None = None
-    buffer: memoryview | None = None  # the pooled buffer under `view`
 
 
 class StoreArea:
     """An `Area` over a `Store`. Belongs to the event loop."""
 
     def __init__(self, store: Store, *, read_buffer_bytes: int, write_buffer_bytes: int, read_deadline_s: float) -> None:
-        self._store = store
-        self._metrics = store.metrics
-        self._read_deadline_s = read_deadline_s
-        self.read_buffers = BufferPool(read_buffer_bytes)
-        self.image_buffers = BufferPool(write_buffer_bytes)
-        self._sending: dict[int, memoryview] = {}  # address of a view that was handed out -> its buffer
-        self._filling: dict[int, tuple[WriteLease, WriteItem]] = {}  # by address of the payload's place
-        self._commits: set[asyncio.Task[list[PartStatus]]] = set()
-
-    # Reading
+        self.reads = Reads(store, buffer_bytes=read_buffer_bytes, deadline_s=read_deadline_s)
+        self.writes = Writes(store, buffer_bytes=write_buffer_bytes)
 
     async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None) -> list[ReadResult]:
-        results: list[ReadResult] = [(PartStatus.REJECTED, None, 0)] * len(parts)
-        lease = self._store.leases.get(token)
-        if not isinstance(lease, ReadLease):
-            self._metrics.rejected_parts += len(parts)
-            return results
-        targets: list[_Target] = []
-        for i, part in enumerate(parts):
-            target = self._target(lease, i, part)
-            if isinstance(target, PartStatus):
-                results[i] = (target, None, 0)
-                self._metrics.rejected_parts += target is PartStatus.REJECTED
-            else:
-                targets.append(target)
-        if not targets:
-            return results
-        for target in targets:
-            target.shelf.index.pin(target.slot)
-        with self._metrics.read_s.time():
-            if into is not None:
-                for target in targets:
-                    target.view = into[target.index]
-                await self._read_waiting(targets, results)
-            else:
-                await self._read_buffered(targets, results)
-        return results
+        return await self.reads.read(token, parts, into)
 
     def done_reading(self, token: LeaseToken, views: Sequence[memoryview]) -> None:
-        for view in views:
-            buffer = self._sending.pop(address(view), None)
-            if buffer is not None:
-                self.read_buffers.give_back(buffer)
-
-    def _target(self, lease: ReadLease, i: int, part: Part) -> _Target | PartStatus:
-        length = lease.shelf.geometry.payload_bytes
-        if not 0 <= part.item < len(lease.slots) or part.offset < 0 or part.length <= 0 or part.offset + part.length > length:
-            return PartStatus.REJECTED
-        slot, sequence = lease.slots[part.item], lease.sequences[part.item]
-        index = lease.shelf.index
-        if index.key(slot) is None or index.sequence(slot) != sequence:
-            return PartStatus.MISSING
-        return _Target(i, part, lease.shelf, slot, sequence, index.checksum(slot))
-
-    async def _read_waiting(self, targets: list[_Target], results: list[ReadResult]) -> None:
-        """Into the caller's memory: returns, or raises, when no thread touches it any more."""
-        try:
-            batch = self._store.readers.submit([_reading(target) for target in targets], self._read_deadline_s)
-        except Overloaded:
-            self._finish(targets, [NotStarted()] * len(targets), results)
-            return
-        try:
-            outcomes = await asyncio.shield(batch.done)
-        except asyncio.CancelledError:
-            self._store.readers.abandon(batch)
-            await asyncio.wait([batch.done])
-            self._finish(targets, batch.done.result(), results)
-            raise
-        self._finish(targets, outcomes, results)
-
-    async def _read_buffered(self, targets: list[_Target], results: list[ReadResult]) -> None:
-        """Into our buffers: returns at the deadline, even where a thread still hangs in a read."""
-        deadline_s = asyncio.get_running_loop().time() + self._read_deadline_s
-        buffers: list[memoryview] | None = None
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                buffers = await self.read_buffers.take_all([pages(target.part.length) for target in targets])
-        except TimeoutError:
-            pass
-        except asyncio.CancelledError:
-            self._unpin(targets)
-            raise
-        if buffers is None:
-            self._unpin(targets)
-            for target in targets:
-                results[target.index] = (PartStatus.FULL, None, 0)
-            return
-        for target, buffer in zip(targets, buffers, strict=True):
-            target.buffer = buffer
-            target.view = buffer[: target.part.length]
-        try:
-            batch = self._store.readers.submit([_reading(target) for target in targets], self._read_deadline_s)
-        except Overloaded:
-            self._finish(targets, [NotStarted()] * len(targets), results)
-            return
-        try:
-            await asyncio.wait([batch.done], timeout=self._read_deadline_s)
-        except asyncio.CancelledError:
-            self._store.readers.abandon(batch)
-            batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
-            raise
-        if batch.done.done():
-            self._finish(targets, batch.done.result(), results)
-            return
-        batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
-        self._metrics.failed_reads += len(targets)
-        log.warning("read_deadline", parts=len(targets), deadline_s=self._read_deadline_s)
-        for target in targets:
-            results[target.index] = (PartStatus.EXPIRED, None, 0)
-
-    def _finish(self, targets: list[_Target], outcomes: Sequence[int | BaseException], results: list[ReadResult] | None) -> None:
-        """Settles every target; `results` is None when nobody waits for the bytes any more."""
-        self._unpin(targets)
-        for target, outcome in zip(targets, outcomes, strict=True):
-            if isinstance(outcome, int):
-                self._metrics.reads += 1
-                self._metrics.read_bytes += target.part.length
-                if results is not None:
-                    results[target.index] = (PartStatus.OK, target.view, outcome)
-                    if target.buffer is not None:
-                        self._sending[address(target.buffer)] = target.buffer
-                    continue
-            else:
-                status = self._failed_read(target, outcome)
-                if results is not None:
-                    results[target.index] = (status, None, 0)
-            if target.buffer is not None:
-                self.read_buffers.give_back(target.buffer)
-
-    def _unpin(self, targets: list[_Target]) -> None:
-        for target in targets:
-            target.shelf.index.unpin(target.slot)
-
-    def _failed_read(self, target: _Target, error: BaseException) -> PartStatus:
-        if isinstance(error, CorruptPayload):
-            self._store.condemn(target.shelf, target.slot, target.sequence, str(error))
-            return PartStatus.CORRUPT
-        self._metrics.failed_reads += 1
-        if isinstance(error, NotStarted):
-            return PartStatus.EXPIRED
-        if isinstance(error, OSError) and error.errno not in _NOT_THE_DISK:
-            self._store.condemn(target.shelf, target.slot, target.sequence, str(error))
-        else:
-            log.error("read_failed", reason=repr(error))
-        return PartStatus.FAILED
-
-    # Writing
+        self.reads.done_reading(views)
 
     def write_buffers(self, token: LeaseToken, parts: Sequence[Part]) -> list[memoryview | PartStatus]:
-        lease = self._store.leases.get(token)
-        if not isinstance(lease, WriteLease):
-            self._metrics.rejected_parts += len(parts)
-            return [PartStatus.REJECTED] * len(parts)
-        return [self._write_buffer(lease, part) for part in parts]
-
-    def _write_buffer(self, lease: WriteLease, part: Part) -> memoryview | PartStatus:
-        geometry = lease.shelf.geometry
-        item = lease.items[part.item] if 0 <= part.item < len(lease.items) else None
-        whole = part.offset == 0 and part.length == geometry.payload_bytes
-        if item is None or not whole or item.state is not WriteState.RESERVED:
-            self._metrics.rejected_parts += 1
-            return PartStatus.REJECTED
-        image = self.image_buffers.take(geometry.slot_bytes)
-        if image is None:
-            return PartStatus.FULL
-        item.image = image
-        item.step("receive")
-        place = image[PAGE_BYTES : PAGE_BYTES + geometry.payload_bytes]
-        self._filling[address(place)] = (lease, item)
-        return place
+        return self.writes.places(token, parts)
 
     async def commit(
         self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
     ) -> list[PartStatus]:
-        task = asyncio.create_task(self._commit(buffers, checksums))
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
-        return await asyncio.shield(task)
+        return await self.writes.commit(buffers, checksums)
 
     def abort(self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview]) -> None:
-        for buffer in buffers:
-            lease, item = self._filling.pop(address(buffer))
-            if lease.ended:
-                self._store.given_up(lease.shelf, item, "close")
-            else:
-                item.step("abort")
-            self._drop_image(item)
+        self.writes.abort(buffers)
 
     async def settle(self) -> None:
         """Waits for commits under way."""
-        while self._commits:
-            await asyncio.wait(self._commits)
-
-    async def _commit(self, buffers: Sequence[memoryview], checksums: Sequence[int]) -> list[PartStatus]:
-        filled = [self._filling.pop(address(buffer)) for buffer in buffers]
-        statuses = [PartStatus.REJECTED] * len(filled)
-        writes: list[SlotWrite] = []
-        positions: list[int] = []
-        for i, ((lease, item), checksum) in enumerate(zip(filled, checksums, strict=True)):
-            if lease.ended:
-                self._store.given_up(lease.shelf, item, "close")
-                self._drop_image(item)
-                continue
-            item.step("commit")
-            writes.append(_slot_write(lease.shelf, item, checksum))
-            positions.append(i)
-        with self._metrics.write_s.time():
-            outcomes = await self._store.writer.write(writes)
-        for i, outcome in zip(positions, outcomes, strict=True):
-            lease, item = filled[i]
-            statuses[i] = self._settle_write(lease, item, checksums[i], outcome)
-            self._drop_image(item)
-        return statuses
-
-    def _settle_write(self, lease: WriteLease, item: WriteItem, checksum: int, outcome: Outcome) -> PartStatus:
-        if outcome.error is None:
-            self._store.filled(lease, item, checksum, outcome.sequence)
-            return PartStatus.OK
-        full = isinstance(outcome.error, Overloaded) or (
-            isinstance(outcome.error, OSError) and outcome.error.errno in (errno.ENOSPC, errno.EDQUOT)
-        )
-        self._store.given_up(lease.shelf, item, "fail", failed=not full)
-        log.warning("write_failed", key=item.key.hex(), reason=str(outcome.error))
-        if full:
-            self._metrics.dropped_writes += 1
-            return PartStatus.FULL
-        self._metrics.failed_writes += 1
-        return PartStatus.FAILED
-
-    def _drop_image(self, item: WriteItem) -> None:
-        assert item.image is not None
-        self.image_buffers.give_back(item.image)
-        item.image = None
+        await self.writes.settle()
 
     def check_integrity(self) -> list[str]:
         """Buffers and items agree; what is wrong, in words."""
-        problems = []
-        held = sum(len(buffer) for buffer in self._sending.values())
-        if not self._commits and self.image_buffers.taken_bytes != sum(
-            len(item.image) for _, item in self._filling.values() if item.image is not None
-        ):
-            problems.append(f"{self.image_buffers.taken_bytes} bytes of write buffers are out, not those being filled")
-        if held > self.read_buffers.taken_bytes:
-            problems.append(f"{held} bytes are being sent, {self.read_buffers.taken_bytes} were taken")
-        return problems
-
-
-def _reading(target: _Target) -> Callable[[], int]:
-    """Fills `target.view`; the checksum of what is in it."""
-    segment, within = target.shelf.place(target.slot)
-    assert target.view is not None
-    if target.part.length == target.shelf.geometry.payload_bytes:
-        return partial(_read_whole, segment, within, target.view, target.buffer, target.checksum)
-    return partial(_read_range, segment, within, target.view, target.part.offset, target.checksum)
-
-
-def _read_whole(segment: Segment, slot: int, view: memoryview, buffer: memoryview | None, checksum: int) -> int:
-    segment.read_verified(slot, view if buffer is None else buffer, checksum)
-    return checksum
-
-
-def _read_range(segment: Segment, slot: int, view: memoryview, offset: int, checksum: int) -> int:
-    piece = segment.read_own(slot, checksum)[offset : offset + len(view)]
-    value = crc32c(piece)
-    copy(view, piece)
-    return value
-
-
-def _slot_write(shelf: Shelf, item: WriteItem, checksum: int) -> SlotWrite:
-    segment, within = shelf.place(item.slot)
-    image = item.image
-    assert image is not None
-    length = shelf.geometry.payload_bytes
-
-    def seal(sequence: int) -> None:
-        image[:PAGE_BYTES] = encode_slot(
-            SlotHeader(shelf.namespace_bytes, item.key, item.parent, sequence, length, checksum, within, segment.number)
-        )
-        image[PAGE_BYTES + length :] = bytes(len(image) - PAGE_BYTES - length)
-
-    return SlotWrite(segment, within, image, seal)
+        return self.reads.check_integrity() + self.writes.check_integrity()

@@ -28,9 +28,10 @@ from common.transport.interface import Endpoint
 from common.transport.reception import Limits, Reception
 from common.transport.server import serve_bytes
 from services.kvstore.area import StoreArea
+from services.kvstore.options import StoreOptions
 from services.kvstore.service import SERVICE, KvStoreService
 from services.kvstore.settings import KvStoreSettings, disk_budget
-from services.kvstore.store import Store, StoreOptions
+from services.kvstore.store import Store
 
 log = Log("kvstore")
 SWEEP_S = 0.5
@@ -129,9 +130,9 @@ def _publish(settings: KvStoreSettings, store: Store, area: StoreArea, stack: As
             "leases": ("Leases out", len(store.leases)),
             "read_queue": ("Disk reads queued or running", store.readers.pending),
             "write_queue": ("Disk writes and syncs queued or running", store.writers.pending),
-            "reserved_bytes": ("Space reserved and not yet written", store.reserved_bytes),
-            "read_buffer_bytes": ("Read buffers in use", area.read_buffers.taken_bytes),
-            "write_buffer_bytes": ("Write buffers in use", area.image_buffers.taken_bytes),
+            "reserved_bytes": ("Space reserved and not yet written", store.intake.reserved_bytes),
+            "read_buffer_bytes": ("Read buffers in use", area.reads.buffers.taken_bytes),
+            "write_buffer_bytes": ("Write buffers in use", area.writes.buffers.taken_bytes),
         }
     )
     if not settings.metrics_port:

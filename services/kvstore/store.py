@@ -21,21 +21,22 @@ from pathlib import Path
 
 import msgspec
 
-from common.blocks import KEY_BYTES, Namespace
+from common.blocks import Namespace
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken
 from services.kvstore.files import Files, FolderLock, direct_io_works
+from services.kvstore.intake import Intake
 from services.kvstore.io_pool import IoPool
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
+from services.kvstore.options import StoreOptions
 from services.kvstore.record import PAYLOAD_BYTES_MAX
 from services.kvstore.scan import WINDOW, FoundNamespace, scan
 from services.kvstore.segment import Segment
 from services.kvstore.shelf import Shelf
 from services.kvstore.space import Space
-from services.kvstore.write_item import WriteItem, WriteState
 from services.kvstore.writer import Writer
 
 log = Log("store")
@@ -43,22 +44,6 @@ EPOCH_BYTES = 16
 EXPIRY_POLL_S = 0.25  # while draining
 NAMESPACES_FOLDER = "namespaces"
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
-
-
-class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds and choices of a store; `settings.py` documents them."""
-
-    budget_bytes: int
-    segment_bytes: int = 256 << 20
-    reserved_bytes_max: int = 1 << 30
-    read_threads: int = 16
-    write_threads: int = 8
-    pending_reads_max: int = 65_536
-    durable: bool = True
-    direct: bool = True
-    leases_max: int = 10_000
-    lease_s: float = 30.0
-    lease_s_max: float = 600.0
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -116,7 +101,7 @@ class Store:
             clock=clock,
         )
         self._ticks = itertools.count(1)
-        self._reserved_bytes = 0
+        self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
         self._lease_ended = asyncio.Event()
         self._erasing: set[asyncio.Task[None]] = set()
         self.writer = Writer(self.writers, next_sequence=1, durable=options.durable)
@@ -228,14 +213,10 @@ class Store:
         shelf = self.space.shelf(namespace, length, self._ticks) if length is not None else None
         if shelf is None:
             return self._none_accepted(offers, length)
-        wanted = sum(shelf.index.find(offer.key) is None and offer.key not in shelf.in_flight for offer in offers)
-        room = max(0, self.options.reserved_bytes_max - self._reserved_bytes) // shelf.geometry.slot_bytes
-        await self.space.prepare(shelf, min(wanted, room))
+        await self.space.prepare(shelf, self.intake.room(shelf, offers))
         self._refuse_while_draining()
         lease = WriteLease(shelf)
-        admissions = self._admit_all(lease, offers)
-        self.metrics.dropped_writes += admissions.count(Admission.DROPPED)
-        self.metrics.present_writes += admissions.count(Admission.PRESENT) + admissions.count(Admission.IN_FLIGHT)
+        admissions = self.intake.admit(lease, offers)
         if Admission.ACCEPTED not in admissions:
             self._end(lease)
             return Reserved(admissions, None, 0.0)
@@ -249,64 +230,6 @@ class Store:
     def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:
         self.metrics.dropped_writes += len(offers) if length is not None else 0
         return Reserved([Admission.INVALID if length is None else Admission.DROPPED] * len(offers), None, 0.0)
-
-    def _admit_all(self, lease: WriteLease, offers: Sequence[BlockMeta]) -> list[Admission]:
-        admissions: list[Admission] = []
-        dropped: set[bytes] = set()
-        for offer in offers:
-            admission, item = self._admit(lease, offer, dropped)
-            if admission is Admission.DROPPED:
-                dropped.add(offer.key)
-            admissions.append(admission)
-            lease.items.append(item)
-        return admissions
-
-    def _admit(self, lease: WriteLease, offer: BlockMeta, dropped: set[bytes]) -> tuple[Admission, WriteItem | None]:
-        shelf = lease.shelf
-        malformed = len(offer.key) != KEY_BYTES or len(offer.parent) != KEY_BYTES or offer.key == offer.parent
-        if malformed or offer.length != shelf.geometry.payload_bytes:
-            return Admission.INVALID, None
-        stored = shelf.index.find(offer.key)
-        if stored is not None:
-            self._keep(lease, stored)
-            return Admission.PRESENT, None
-        if offer.key in shelf.in_flight:
-            return Admission.IN_FLIGHT, None
-        if offer.parent in dropped or self._reserved_bytes + shelf.geometry.slot_bytes > self.options.reserved_bytes_max:
-            return Admission.DROPPED, None
-        parent = shelf.index.find(offer.parent)
-        if parent is not None:
-            self._keep(lease, parent)
-        slot = self.space.take(shelf)
-        if slot is None:
-            return Admission.DROPPED, None
-        item = WriteItem(slot, offer.key, offer.parent)
-        shelf.in_flight[offer.key] = item
-        self._reserved_bytes += shelf.geometry.slot_bytes
-        return Admission.ACCEPTED, item
-
-    def _keep(self, lease: WriteLease, slot: int) -> None:
-        """Pins a block that what is being written hangs on."""
-        lease.shelf.index.pin(slot)
-        lease.pins.append(slot)
-
-    def filled(self, lease: WriteLease, item: WriteItem, checksum: int, sequence: int) -> None:
-        """The item is durable. Stored even if its lease ended meanwhile: the bytes are right."""
-        shelf = lease.shelf
-        item.step("done")
-        shelf.store(item, checksum, sequence)
-        self._reserved_bytes -= shelf.geometry.slot_bytes
-        if not lease.ended:
-            self._keep(lease, item.slot)
-        self.metrics.writes += 1
-        self.metrics.written_bytes += shelf.geometry.payload_bytes
-        self.metrics.disk_written_bytes += shelf.geometry.slot_bytes
-
-    def given_up(self, shelf: Shelf, item: WriteItem, event: str, *, failed: bool = False) -> None:
-        """The item will not be filled: `event` is "close" or "fail"."""
-        item.step(event)
-        shelf.give_back(item, failed=failed)
-        self._reserved_bytes -= shelf.geometry.slot_bytes
 
     # Leases
 
@@ -335,12 +258,7 @@ class Store:
         if isinstance(lease, ReadLease):
             shelf.index.unpin(lease.slots[-1])
             return
-        for item in lease.items:
-            if item is not None and item.state is WriteState.RESERVED:
-                self.given_up(shelf, item, "close")
-        for slot in lease.pins:
-            shelf.index.unpin(slot)
-        lease.pins.clear()
+        self.intake.end(lease)
 
     # Life
 
@@ -382,16 +300,12 @@ class Store:
     def blocks(self) -> int:
         return sum(len(shelf.index) for shelf in self.space.shelves.values())
 
-    @property
-    def reserved_bytes(self) -> int:
-        return self._reserved_bytes
-
     def check_integrity(self) -> list[str]:
         """What is wrong, in words; empty when all is well. Cheap enough for tests and idle moments."""
         problems = [problem for shelf in self.space.shelves.values() for problem in shelf.check_integrity()]
         flying = sum(len(shelf.in_flight) * shelf.geometry.slot_bytes for shelf in self.space.shelves.values())
-        if flying != self._reserved_bytes:
-            problems.append(f"{flying} bytes are in flight, {self._reserved_bytes} are accounted for")
+        if flying != self.intake.reserved_bytes:
+            problems.append(f"{flying} bytes are in flight, {self.intake.reserved_bytes} are accounted for")
         if self.space.used_bytes > self.options.budget_bytes and self.space.used_bytes > self.space.unusable_bytes:
             problems.append(f"{self.space.used_bytes} bytes used of a budget of {self.options.budget_bytes}")
         if self.writer.open_writes > WINDOW:

@@ -13,7 +13,8 @@ from common.transport.interface import LeaseToken, Part, PartStatus
 from common.transport.memory import crc32c
 from services.kvstore.area import StoreArea
 from services.kvstore.files import Files
-from services.kvstore.store import Reserved, Store, StoreOptions
+from services.kvstore.options import StoreOptions
+from services.kvstore.store import Reserved, Store
 
 NAMESPACE = Namespace("a1" * 32)
 OTHER = Namespace("b2" * 32)

@@ -338,7 +338,7 @@ async def test_a_hanging_disk_costs_a_reader_its_deadline_and_nothing_else(tmp_p
         await one.put(keys)
         files.fail["read"] = gate
         assert await one.get(keys) == [PartStatus.EXPIRED] * 2
-        assert one.area.read_buffers.taken_bytes > 0  # the disk may still write there
+        assert one.area.reads.buffers.taken_bytes > 0  # the disk may still write there
         del files.fail["read"]
         gate.opened.set()
         await _until_idle(one)
@@ -386,9 +386,9 @@ async def test_a_cancelled_read_keeps_its_block_until_the_disk_is_done(tmp_path:
 async def _until_idle(one: Rig) -> None:
     """Until all memory for reads is back: all of it can be had at once."""
     async with asyncio.timeout(30):
-        buffers = await one.area.read_buffers.take_all([one.area.read_buffers.bytes_max])
+        buffers = await one.area.reads.buffers.take_all([one.area.reads.buffers.bytes_max])
     for buffer in buffers or []:
-        one.area.read_buffers.give_back(buffer)
+        one.area.reads.buffers.give_back(buffer)
 
 
 async def test_only_the_last_writes_are_verified_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ async def test_what_a_write_lease_did_not_fill_is_forgotten(tmp_path: Path) -> N
         assert await one.get(keys) == [payload(keys[0])]
         one.store.release(reserved.token)
         one.store.release(reserved.token)
-        assert one.store.reserved_bytes == 0
+        assert one.store.intake.reserved_bytes == 0
         assert await one.put(keys) == [Admission.PRESENT, OK, OK]
 
 
@@ -140,10 +140,10 @@ async def test_a_lease_that_ends_while_its_bytes_arrive_takes_its_slot_back_only
         clock.now += 6
         one.store.sweep()
         assert one.store.check_integrity() == []
-        assert one.store.reserved_bytes > 0
+        assert one.store.intake.reserved_bytes > 0
         assert await one.area.commit(reserved.token, parts[:1], [first], [0]) == [PartStatus.REJECTED]
         one.area.abort(reserved.token, parts[1:], [second])
-        assert one.store.reserved_bytes == 0
+        assert one.store.intake.reserved_bytes == 0
         assert one.stored() == set()
 
 
@@ -372,7 +372,7 @@ async def test_a_cancelled_reserve_leaves_nothing_behind(tmp_path: Path) -> None
         with pytest.raises(asyncio.CancelledError):
             await asking
         await one.check()
-        assert one.store.reserved_bytes == 0
+        assert one.store.intake.reserved_bytes == 0
         assert await one.put(chain(3)) == [OK] * 3
 
 

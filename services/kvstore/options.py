@@ -1,0 +1,19 @@
+"""Bounds and choices of a store."""
+
+import msgspec
+
+
+class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds and choices of a store; `settings.py` documents them."""
+
+    budget_bytes: int
+    segment_bytes: int = 256 << 20
+    reserved_bytes_max: int = 1 << 30
+    read_threads: int = 16
+    write_threads: int = 8
+    pending_reads_max: int = 65_536
+    durable: bool = True
+    direct: bool = True
+    leases_max: int = 10_000
+    lease_s: float = 30.0
+    lease_s_max: float = 600.0
