@@ -13,6 +13,15 @@ async def first_of(*work: Coroutine[Any, Any, Any]) -> None:
         for task in done:
             task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        pending = {task for task in tasks if not task.done()}
+        while pending:  # more than once: asyncio.wait_for of 3.11, which libraries use, can swallow a cancellation
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=1.0)
+
+
+def check_cancelled() -> None:
+    """Raises the cancellation that a library's `asyncio.wait_for` may have swallowed."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -24,7 +24,7 @@ from nats.aio.client import Client
 from nats.js.api import KeyValueConfig, StorageType
 from nats.js.kv import KV_DEL, KV_PURGE, KeyValue
 
-from common.aio import first_of
+from common.aio import check_cancelled, first_of
 from common.logs import Log
 
 BUCKET = "penstock-members"
@@ -100,6 +100,7 @@ class _Session:
         """Runs until cancelled. An empty URL returns at once."""
         backoff_s = _BACKOFF_S[0]
         while self._url:
+            check_cancelled()
             started = time.monotonic()
             try:
                 await self._once()
@@ -132,6 +133,7 @@ class _Session:
             error_cb=on_error,
         )
         try:
+            check_cancelled()
             self._check(client)
             bucket = await open_bucket(client)
             self.connected = True
@@ -142,7 +144,8 @@ class _Session:
         finally:
             self.connected = False
             with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                await asyncio.wait_for(client.close(), _TIMEOUT_S)
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await client.close()
 
     def _check(self, client: Client) -> None:
         """Names what an unsuitable server lacks.
@@ -187,7 +190,8 @@ class Announcer(_Session):
         """Removes the entry on a clean stop, if NATS is there. Call it before cancelling `run`."""
         if self._bucket is not None and self.connected:
             with contextlib.suppress(nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError):
-                await asyncio.wait_for(self._bucket.delete(self._key), _TIMEOUT_S)
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await self._bucket.delete(self._key)
 
     async def _work(self, bucket: KeyValue) -> None:
         self._bucket = bucket
@@ -196,7 +200,8 @@ class Announcer(_Session):
                 self._changed.clear()
                 await bucket.put(self._key, encode_record(self._record()))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), self._refresh_s)
+                    async with asyncio.timeout(self._refresh_s):
+                        await self._changed.wait()
         finally:
             self._bucket = None
 
@@ -226,15 +231,16 @@ class Watcher(_Session):
         self._synced_at = time.monotonic()  # entries refreshed while we were away get a full TTL
         try:
             while True:
-                try:
-                    entry = await watching.updates(timeout=self._ttl_s / 4)
-                except (TimeoutError, nats.errors.TimeoutError):
-                    entry = None
-                if entry is not None:
-                    self._apply(entry)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._ttl_s / 4):  # wait_for of 3.11 can swallow a cancellation
+                        entry = await anext(watching)
+                        if entry is not None:
+                            self._apply(entry)
                 self._expire(time.monotonic())
         finally:
             self._synced_at = None
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await watching.stop()
 
     def _apply(self, entry: KeyValue.Entry) -> None:
         if entry.operation in (KV_DEL, KV_PURGE):

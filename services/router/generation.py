@@ -11,6 +11,7 @@ Life of a `Generation`:
 """
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -304,10 +305,9 @@ class Generation:
             now = time.monotonic()
             if self._expired or now >= min(give_up_at, self._deadline) or refusal.why is Why.TOO_LARGE:
                 raise _refused(refusal)
-            try:
-                await asyncio.wait_for(self._g.cluster.changed(), min(1.0, give_up_at - now))
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, give_up_at - now)):
+                    await self._g.cluster.changed()
 
     async def _try_place(self, choice: Choice) -> Refusal | None:
         view = self._g.cluster.view()

@@ -103,7 +103,8 @@ class Router:
         self._generator.draining = True
         await self._grpc.set_serving(False)
         try:
-            await asyncio.wait_for(self._generator.idle.wait(), self._config.drain_s)
+            async with asyncio.timeout(self._config.drain_s):
+                await self._generator.idle.wait()
         except TimeoutError:
             log.warning("drain_cut_short", in_flight=self._generator.in_flight)
         await asyncio.gather(self._web.stop(1.0), self._grpc.stop(1.0))
