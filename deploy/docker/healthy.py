@@ -1,7 +1,7 @@
 """Exit status 0 when a service says that it serves: the images' health check.
 
-    healthy.py grpc 127.0.0.1:50051     standard gRPC health checking
-    healthy.py http 127.0.0.1:8080/ready
+healthy.py grpc 127.0.0.1:50051     standard gRPC health checking
+healthy.py http 127.0.0.1:8080/ready
 """
 
 import sys

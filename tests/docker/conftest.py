@@ -10,6 +10,7 @@ import pytest
 from tests.docker.engine import REPOSITORY, Compose, engine_address
 
 BUILD_DEADLINE_S = 1200
+VARIABLES = {"PORT": "0", "GRPC_PORT": "0", "DTYPE": "float32", "POOL_BYTES": str(256 << 20), "STAGE_BYTES": str(128 << 20)}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def images(engine: docker.DockerClient) -> None:
 def cluster(images: None) -> Iterator[Compose]:
     """Two prefill and two decode workers that compute in float32, on a port that the engine chooses."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PORT": "0", "DTYPE": "float32", "LOG_LEVEL": "info"}.items():
+        for name, value in VARIABLES.items():
             patch.setenv(name, value)
-        for name in ("MODEL_DIR", "MODEL_NAME"):
+        for name in ("MODEL_DIR", "MODEL_NAME", "LOG_LEVEL", "RESERVOIR_BYTES", "WORKER_MEMORY"):
             patch.delenv(name, raising=False)
         compose = Compose(f"penstock-test-{os.getpid()}", ["prefill=2", "decode=2"])
         with compose:

@@ -83,12 +83,6 @@ class Compose(DockerCompose):
             raise ValueError(f"{path}: {error.code}: {error.read().decode(errors='replace')}") from error
         return json.loads(text) if text[:1] in (b"{", b"[") else text.decode()
 
-    def events(self, service: str, name: str) -> list[dict[str, Any]]:
-        """The events of that name in a service's log, of all its containers."""
-        done = self._run_command([*self.compose_command_property, "logs", "--no-color", service])
-        lines = (line[line.index("{") :] for line in done.stdout.decode().splitlines() if "{" in line)
-        return [event for event in map(_decoded, lines) if event.get("event") == name]
-
     def container_ids(self) -> list[str]:
         done = self._run_command([*self.compose_command_property, "ps", "-q"])
         return done.stdout.decode().split()
@@ -97,11 +91,3 @@ class Compose(DockerCompose):
         """The last lines of every container's log."""
         done = self._run_command([*self.compose_command_property, "logs", "--no-color", "--tail", "25"])
         return done.stdout.decode()
-
-
-def _decoded(line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
