@@ -13,13 +13,13 @@ from typing import cast
 from common import rpc
 from common.aio import first_of
 from common.clients.decode import DecodeConnection
+from common.clients.kvstore import KvStoreClient
 from common.errors import DeadlineExceeded, Internal, PenstockError, Unavailable
 from common.logs import Log
 from common.membership import Seen, Watcher
 from common.pb import worker_pb2, worker_pb2_grpc
 from services.router.peers import Peer, PeerInfo, store_info, worker_info
 from services.router.placement import ClusterView, cluster_namespace
-from services.router.stores import Store
 
 DESCRIBE_TIMEOUT_S = 2.0
 POLL_S = 1.0  # without fresh loads over NATS
@@ -198,10 +198,10 @@ class Cluster:
             await channel.close()
 
     async def _store_session(self, peer: Peer) -> None:
-        store = Store(peer.address)
+        store = KvStoreClient(peer.address)
 
         async def describe() -> PeerInfo:
-            return store_info(await store.describe(DESCRIBE_TIMEOUT_S))
+            return store_info(await store.describe(deadline_s=DESCRIBE_TIMEOUT_S))
 
         try:
             info = await describe()

@@ -318,7 +318,7 @@ class Generation:
         found, kvstore = await self._lookup(choice, view)
         query = Query(
             prompt_tokens=len(choice.prompt) + len(choice.output),
-            stored_blocks=found.blocks if found else 0,
+            stored_blocks=found.prefix.blocks if found else 0,
             kvstore=kvstore,
             avoid=choice.avoid,
             direct_tail_tokens=self._g.settings.direct_tail_tokens,
@@ -347,19 +347,23 @@ class Generation:
         keys = await self._g.off_loop(big, lambda: block_keys(root, leading, view.block_tokens))
         kvstore = pick_kvstore(keys[0] if keys else root, view.kvstores)
         peer = self._g.cluster.peer("kvstore", kvstore)
-        if reusable == 0 or peer is None or peer.store is None:
+        store = peer.store if peer is not None else None
+        if reusable == 0 or store is None:
             return None, kvstore
         self._g.metrics.queried(len(choice.prompt))
         keeper, settings = self._g.keeper, self._g.settings
         try:
-            found = await peer.store.lookup(view.namespace, keys, keeper.lease_ms, settings.lookup_timeout_ms / 1000)
+            deadline_s = settings.lookup_timeout_ms / 1000
+            prefix = await store.lookup(Namespace(view.namespace), keys, keeper.lease_s, deadline_s=deadline_s)
         except PenstockError as error:
             log.warning("lookup_failed", request_id=self.work.id, kvstore=kvstore, reason=error.message)
             self._g.metrics.lookup_failed()
             return None, kvstore
-        tracing.record("lookup", time.monotonic() - began, self._traceparent, blocks=found.blocks if found else 0)
-        if found is not None:
-            keeper.hold(found)
+        tracing.record("lookup", time.monotonic() - began, self._traceparent, blocks=prefix.blocks if prefix else 0)
+        if prefix is None:
+            return None, kvstore
+        found = Found(store, prefix)
+        keeper.hold(found)
         return found, kvstore
 
     def _start(self, choice: Choice, decision: Route, found: Found | None, view: ClusterView) -> None:

@@ -52,9 +52,7 @@ class PenstockService(router_pb2_grpc.PenstockServicer):
                         unfinished -= delta.finish is not None
                         yield self._event(work, delta, generation, last=unfinished == 0 and delta.finish is not None)
 
-    async def ListModels(
-        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.ListModelsReply:
+    async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ListModelsReply:
         async with rpc.aborting(context, "ListModels"):
             self._authenticate(context)
         context_tokens = self._g.cluster.context_tokens(self._g.model.context_tokens)

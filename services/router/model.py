@@ -113,7 +113,9 @@ def load(directory: str) -> Model:
     if not isinstance(context, int) or context < 1:
         raise UnsupportedModel(f"{path / 'config.json'}: max_position_embeddings = {context!r}: expected a positive integer")
     vocab_size = text_config.get("vocab_size")
-    return Model(path.resolve(), tokenizer, generation_defaults(path, config, tokenizer), context, int(vocab_size or len(tokenizer)))
+    return Model(
+        path.resolve(), tokenizer, generation_defaults(path, config, tokenizer), context, int(vocab_size or len(tokenizer))
+    )
 
 
 def generation_defaults(path: Path, config: Mapping[str, Any], tokenizer: Any) -> GenerationDefaults:

@@ -10,10 +10,10 @@ import time
 import msgspec
 
 from common.clients.decode import DecodeConnection
+from common.clients.kvstore import KvStoreClient, StoreInfo
 from common.membership import MemberLoad, Seen
-from common.pb import kvstore_pb2, worker_pb2
+from common.pb import worker_pb2
 from services.router.placement import DecodeView, PrefillView
-from services.router.stores import Store
 
 NATS_FRESH_S = 2.5  # two refreshes and a half: newer than that, a load over NATS spares the poll
 
@@ -45,7 +45,7 @@ class Peer:
         self.problem = "not reached yet"  # why it can't be used; empty: it can
         self.info: PeerInfo | None = None
         self.connection: DecodeConnection | None = None
-        self.store: Store | None = None
+        self.store: KvStoreClient | None = None
         self.seen: Seen | None = None
         self.full_until = 0.0
         self.sequences_live = 0
@@ -181,10 +181,7 @@ def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
     )
 
 
-def store_info(message: kvstore_pb2.StoreInfo) -> PeerInfo:
-    counters = {
-        field.name: getattr(message, field.name)
-        for field in kvstore_pb2.StoreInfo.DESCRIPTOR.fields
-        if isinstance(getattr(message, field.name), int) and not isinstance(getattr(message, field.name), bool)
-    }
-    return PeerInfo(role="kvstore", id=message.id, epoch=message.epoch.hex(), draining=message.draining, store=counters)
+def store_info(info: StoreInfo) -> PeerInfo:
+    values = msgspec.structs.asdict(info)
+    counters = {name: value for name, value in values.items() if type(value) is int}
+    return PeerInfo(role="kvstore", id=info.id, epoch=info.epoch.hex(), draining=info.draining, store=counters)

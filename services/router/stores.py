@@ -7,75 +7,44 @@ loaded, so ours is the safety net, and a second release does nothing.
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import cast
 
 import msgspec
 
-from common import rpc
+from common.clients.kvstore import KvStoreClient, StoredPrefix
 from common.errors import PenstockError
 from common.logs import Log
-from common.pb import kvstore_pb2 as pb
-from common.pb import kvstore_pb2_grpc, worker_pb2
+from common.pb import worker_pb2 as pb
+from common.transport.interface import LeaseToken
+from common.wire import endpoint_to_pb
 
-RPC_TIMEOUT_S = 2.0
 RELEASES_MAX = 1024  # under way at once; what is beyond that ends with its TTL
 
 log = Log("stores")
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The leading blocks of a prompt that are stored, leased."""
+    """The leading blocks of a prompt that are stored, leased at `store`."""
 
-    blocks: int
-    store: "Store"
-    token: bytes
-    endpoint: pb.Endpoint
-    ttl_ms: int
-    epoch: bytes
+    store: KvStoreClient
+    prefix: StoredPrefix
 
-    def to_pb(self) -> worker_pb2.StoredPrefix:
-        endpoint = worker_pb2.Endpoint(shm=self.endpoint.shm, tcp=self.endpoint.tcp, grpc=self.endpoint.grpc)
-        lease = worker_pb2.Lease(token=self.token, endpoint=endpoint, ttl_ms=self.ttl_ms, epoch=self.epoch)
-        return worker_pb2.StoredPrefix(blocks=self.blocks, lease=lease, kvstore=self.store.address)
+    @property
+    def token(self) -> LeaseToken:
+        return self.prefix.token
 
-
-class Store:
-    """A kvstore over its own channel."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._channel = rpc.channel(address)
-        self._stub = kvstore_pb2_grpc.KvStoreStub(self._channel)
-
-    async def describe(self, timeout_s: float) -> pb.StoreInfo:
-        pending = self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
-        return cast(pb.StoreInfo, await rpc.call(pending, self.address))
-
-    async def lookup(self, namespace: str, keys: Sequence[bytes], lease_ms: int, timeout_s: float) -> Found | None:
-        """The longest stored prefix of `keys`, leased; None when there is none."""
-        request = pb.LookupRequest(namespace=namespace, keys=keys, lease_ms=lease_ms, lease=True)
-        reply = cast(pb.LookupReply, await rpc.call(self._stub.Lookup(request, timeout=timeout_s), self.address))
-        blocks = min(reply.blocks, len(keys))
-        if blocks == 0 or not reply.token:
-            return None
-        return Found(blocks, self, reply.token, reply.endpoint, reply.ttl_ms, reply.epoch)
-
-    async def renew(self, token: bytes, lease_ms: int) -> None:
-        await rpc.call(self._stub.Renew(pb.RenewRequest(token=token, lease_ms=lease_ms), timeout=RPC_TIMEOUT_S), self.address)
-
-    async def release(self, token: bytes) -> None:
-        await rpc.call(self._stub.Release(pb.ReleaseRequest(token=token), timeout=RPC_TIMEOUT_S), self.address)
-
-    async def close(self) -> None:
-        await self._channel.close()
+    def to_pb(self) -> pb.StoredPrefix:
+        prefix = self.prefix
+        lease = pb.Lease(
+            token=prefix.token, endpoint=endpoint_to_pb(prefix.endpoint), ttl_ms=int(prefix.ttl_s * 1000), epoch=prefix.epoch
+        )
+        return pb.StoredPrefix(blocks=prefix.blocks, lease=lease, kvstore=self.store.address)
 
 
 class LeaseKeeper:
     """Every lease the router holds. Invariant: a lease taken in by `hold` leaves by `release`."""
 
     def __init__(self, lease_s: float) -> None:
-        self._lease_ms = int(lease_s * 1000)
+        self.lease_s = lease_s
         self._renew_after_s = lease_s / 3
         self._renewing: dict[bytes, tuple[Found, float]] = {}  # token -> (lease, when it was last renewed)
         self._held: dict[bytes, Found] = {}
@@ -84,10 +53,6 @@ class LeaseKeeper:
     @property
     def held(self) -> int:
         return len(self._held)
-
-    @property
-    def lease_ms(self) -> int:
-        return self._lease_ms
 
     def hold(self, found: Found) -> None:
         self._held[found.token] = found
@@ -120,7 +85,7 @@ class LeaseKeeper:
 
     async def _renew(self, found: Found) -> None:
         try:
-            await found.store.renew(found.token, self._lease_ms)
+            await found.store.renew(found.token, self.lease_s)
             if found.token in self._renewing:
                 self._renewing[found.token] = (found, time.monotonic())
         except PenstockError as error:  # decode notices when it reads, and recomputes

@@ -52,7 +52,9 @@ class Nats:
     async def start(self) -> None:
         binary = Path(sys.executable).parent / "nats-server"
         flags = ["-a", "127.0.0.1", "-p", str(self.port)] + (["-js", "-sd", str(self._directory)] if self._jetstream else [])
-        self._process = await asyncio.create_subprocess_exec(str(binary), *flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._process = await asyncio.create_subprocess_exec(
+            str(binary), *flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         assert self._process.stderr is not None
         while b"Server is ready" not in (line := await asyncio.wait_for(self._process.stderr.readline(), WAIT_S)):
             assert line, "nats-server ended"

@@ -14,9 +14,7 @@ from services.router.settings import RouterSettings
 from tests.router.scripted import ScriptedDecode, ScriptedStore, running_router
 
 TEXT = (Path(__file__).parent.parent.parent / "common" / "errors.py").read_text() + "naïve café 東京 🙂 "
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 def make_model_dir(path: Path, *, chat: bool = True, context: int = 512, generation: dict[str, Any] | None = None) -> Path:
@@ -99,7 +97,9 @@ def start_stack(model_dir: Path) -> StackMaker:
                 "ready_needs_kvstore": False,
                 "drain_s": 1.0,
             }
-            router = await stack.enter_async_context(running_router(RouterSettings(**(config | settings)), keys, ready=bool(decodes)))
+            router = await stack.enter_async_context(
+                running_router(RouterSettings(**(config | settings)), keys, ready=bool(decodes))
+            )
             base = f"http://{router.http_address}"
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=base, timeout=20))
             yield Stack(router, workers, kept, http)

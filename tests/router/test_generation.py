@@ -32,7 +32,9 @@ def hold_after(worker: ScriptedDecode, tokens: int, gate: asyncio.Event) -> None
 
 def fail_with(worker: ScriptedDecode, code: str, retry_after_s: float = 0.0) -> None:
     async def script(start: pb.Start) -> AsyncIterator[pb.SequenceStep]:
-        yield pb.SequenceStep(finish="error", error=pb.Error(code=code, message=f"{worker.id} says {code}", retry_after_s=retry_after_s))
+        yield pb.SequenceStep(
+            finish="error", error=pb.Error(code=code, message=f"{worker.id} says {code}", retry_after_s=retry_after_s)
+        )
 
     worker.script = script
 

@@ -91,7 +91,9 @@ async def test_models_status_health_and_reflection_answer(stack: Stack, channel:
     assert [(model.id, model.context_tokens) for model in models.models] == [("tiny", 512)]
     status = await stub.Status(pb.StatusRequest(), timeout=10)
     assert status.ready and status.members[0].role == "decode" and status.members[0].connected
-    health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="penstock.v1.Penstock"), timeout=10)
+    health = await health_pb2_grpc.HealthStub(channel).Check(
+        health_pb2.HealthCheckRequest(service="penstock.v1.Penstock"), timeout=10
+    )
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     asked = reflection_pb2.ServerReflectionRequest(list_services="")
     call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([asked]), timeout=10)

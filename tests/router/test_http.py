@@ -23,7 +23,13 @@ BAD = [
     (COMPLETIONS, {"prompt": [True]}, 400, "prompt", "expected a string, a list of strings"),
     (COMPLETIONS, {"prompt": [5] * 600}, 400, "prompt", "prompt has 600 tokens and the model's context is 512"),
     (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature = -1.0: expected a number from 0 to 100"),
-    (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, 400, "temperature", "temperature = 'hot': expected float | null, got str"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "temperature": "hot"},
+        400,
+        "temperature",
+        "temperature = 'hot': expected float | null, got str",
+    ),
     (COMPLETIONS, {"prompt": "a", "n": 17}, 400, "n", "n = 17: expected a number from 1 to 16"),
     (COMPLETIONS, {"prompt": ["a"] * 5, "n": 16}, 400, "n", "n = '5 prompts x 16': expected at most 64 sequences"),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens = 0: expected at least 1"),
@@ -124,7 +130,9 @@ async def test_a_body_over_the_limit_is_refused_whether_announced_or_not(start_s
 
         chunked = await stack.http.post(COMPLETIONS, content=unannounced())
         for response in (announced, chunked):
-            assert (response.status_code == 413 and "at most 2048" in response.json()["error"]["message"]) or "more than 2048" in response.text
+            assert (
+                response.status_code == 413 and "at most 2048" in response.json()["error"]["message"]
+            ) or "more than 2048" in response.text
 
 
 async def test_prompts_come_as_text_ids_and_lists_of_both(stack: Stack) -> None:
@@ -249,7 +257,9 @@ async def test_request_ids_are_taken_over_and_strange_ones_replaced(stack: Stack
 
 
 async def test_two_requests_may_share_an_id(stack: Stack) -> None:
-    both = await asyncio.gather(*(stack.http.post(COMPLETIONS, json={"prompt": "a"}, headers={"x-request-id": "x"}) for _ in "ab"))
+    both = await asyncio.gather(
+        *(stack.http.post(COMPLETIONS, json={"prompt": "a"}, headers={"x-request-id": "x"}) for _ in "ab")
+    )
     assert [response.status_code for response in both] == [200, 200]
 
 
@@ -300,7 +310,10 @@ async def test_ready_says_why_not_and_health_does_not_care(start_stack: StackMak
 async def test_ready_waits_for_a_kvstore_unless_told_otherwise(start_stack: StackMaker) -> None:
     async with start_stack(stores=1, ready_needs_kvstore=True) as stack:
         assert (await stack.http.get("/ready")).json() == {"ready": True}
-    async with ScriptedDecode("d").running() as worker, start_stack(decodes=0, decode=(worker.address,), ready_needs_kvstore=True) as stack:
+    async with (
+        ScriptedDecode("d").running() as worker,
+        start_stack(decodes=0, decode=(worker.address,), ready_needs_kvstore=True) as stack,
+    ):
         while "no kvstore" not in (await stack.http.get("/ready")).json()["reason"]:
             await stack.router._generator.cluster.changed()
 

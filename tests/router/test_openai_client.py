@@ -23,7 +23,10 @@ async def test_models_can_be_listed(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_chat_answers_whole_and_streamed_alike(stack: Stack, client: openai.AsyncOpenAI) -> None:
-    messages: list[Any] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    messages: list[Any] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
     whole = await client.chat.completions.create(model="tiny", messages=messages, logprobs=True, top_logprobs=2)
     assert whole.choices[0].message.content == "bcd" and whole.choices[0].finish_reason == "length"
     assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
@@ -31,7 +34,9 @@ async def test_chat_answers_whole_and_streamed_alike(stack: Stack, client: opena
     assert logprobs is not None and logprobs.content is not None
     assert [len(token.top_logprobs) for token in logprobs.content] == [2, 2, 2]
     text, usage = "", None
-    stream = await client.chat.completions.create(model="tiny", messages=messages, stream=True, stream_options={"include_usage": True})
+    stream = await client.chat.completions.create(
+        model="tiny", messages=messages, stream=True, stream_options={"include_usage": True}
+    )
     async for chunk in stream:
         text += "".join(choice.delta.content or "" for choice in chunk.choices)
         usage = chunk.usage or usage
@@ -119,7 +124,10 @@ BENCH_BODIES = [
         },
     ),
     # aiperf: a list of strings
-    ("/v1/completions", {"model": "tiny", "prompt": ["hello"], "max_tokens": 3, "stream": True, "min_tokens": 3, "unknown_field": 1}),
+    (
+        "/v1/completions",
+        {"model": "tiny", "prompt": ["hello"], "max_tokens": 3, "stream": True, "min_tokens": 3, "unknown_field": 1},
+    ),
     # LMCache multi-round-qa
     (
         "/v1/chat/completions",

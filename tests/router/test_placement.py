@@ -186,7 +186,11 @@ def test_a_route_names_only_workers_that_can_serve_it(query: Query, cluster: Clu
     able = {
         w.address
         for w in cluster.decodes
-        if w.connected and not w.draining and w.namespace == NS and w.full_until <= 5 and not 0 < w.pool_tokens <= query.prompt_tokens
+        if w.connected
+        and not w.draining
+        and w.namespace == NS
+        and w.full_until <= 5
+        and not 0 < w.pool_tokens <= query.prompt_tokens
     }
     if isinstance(decision, Refusal):
         assert not able and decision.reason
@@ -207,7 +211,11 @@ def test_decode_is_under_the_papers_limit_whenever_one_is(query: Query, cluster:
     free = [
         w
         for w in cluster.decodes
-        if w.connected and not w.draining and w.namespace == NS and w.full_until <= 5 and not 0 < w.pool_tokens <= query.prompt_tokens
+        if w.connected
+        and not w.draining
+        and w.namespace == NS
+        and w.full_until <= 5
+        and not 0 < w.pool_tokens <= query.prompt_tokens
     ]
     decision = route(query, cluster, 5.0)
     if isinstance(decision, Refusal):
