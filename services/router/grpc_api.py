@@ -13,7 +13,8 @@ from common.errors import Unauthenticated
 from common.pb import router_pb2 as pb
 from common.pb import router_pb2_grpc
 from services.router.choice import Delta
-from services.router.generation import Generation, Generator, Work
+from services.router.generation import Generation
+from services.router.generator import Generator, Work
 from services.router.prepare import Envelope, check_model, encode_chat, prompt_ids, work_of
 from services.router.sampling import Asked, refused
 from services.router.status import Facts
@@ -45,7 +46,7 @@ class PenstockService(router_pb2_grpc.PenstockServicer):
         async with rpc.aborting(context, "Generate"):
             self._authenticate(context)
             work = await self._work(request, context)
-            async with self._g.open(work) as generation:
+            async with Generation(self._g, work) as generation:
                 unfinished = work.sequences
                 async for deltas in generation:
                     for delta in deltas:

@@ -19,7 +19,8 @@ from common import tracing
 from common.errors import Cancelled, InvalidRequest, NotFound, PenstockError, Unauthenticated, meaning
 from services.router.choice import Delta
 from services.router.exchange import REQUEST_ID, Exchange, Receive, Scope, Send, retry_after
-from services.router.generation import Generation, Generator, Work
+from services.router.generation import Generation
+from services.router.generator import Generator, Work
 from services.router.prepare import Envelope, chat_work, check_model, completion_work, echo_prompts
 from services.router.schema import ChatBody, Common, CompletionBody, decode_body
 from services.router.shapes import ChatShape, CompletionShape, Head, Shape, Wanted, error_body, event, merge, usage
@@ -87,7 +88,7 @@ class Api:
         return Envelope(exchange.request_id, self._g.settings.request_timeout_s, tracing.from_headers(exchange.headers))
 
     async def _answer(self, exchange: Exchange, body: Common, work: Work, shape: Shape) -> None:
-        async with self._g.open(work) as generation:
+        async with Generation(self._g, work) as generation:
             if body.stream:
                 await _stream(exchange, body, generation, shape)
             else:

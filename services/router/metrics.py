@@ -10,7 +10,7 @@ from services.router.placement import Source
 
 if TYPE_CHECKING:
     from services.router.cluster import Cluster
-    from services.router.generation import Work
+    from services.router.generator import Work
 
 _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ITL_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40)

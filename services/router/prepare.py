@@ -8,7 +8,7 @@ import msgspec
 
 from common.errors import ContextExceeded, InvalidRequest, NotFound
 from common.generation import Sampling
-from services.router.generation import Generator, Work
+from services.router.generator import Generator, Work
 from services.router.sampling import Asked, Limits, check, check_token_ids, choices, derived_seed, refused, resolve
 from services.router.schema import ChatBody, CompletionBody, asked_of, messages_of, refuse_unsupported
 

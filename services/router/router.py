@@ -9,7 +9,7 @@ from common import rpc
 from common.logs import Log
 from common.pb import router_pb2_grpc
 from services.router.cluster import Cluster
-from services.router.generation import Generator
+from services.router.generator import Generator
 from services.router.grpc_api import SERVICE_NAMES, PenstockService
 from services.router.http_api import Api
 from services.router.metrics import Metrics

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from services.router.cluster import Cluster
-from services.router.generation import Generator
+from services.router.generator import Generator
 from services.router.peers import Peer
 
 

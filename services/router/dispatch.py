@@ -1,0 +1,163 @@
+"""Placing a choice: block keys -> kvstore lookup -> `placement.route` -> `Start` on the decode stream."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+from common import tracing
+from common.blocks import Namespace, block_keys, chain_root, reusable_blocks
+from common.clients.decode import Step
+from common.errors import ContextExceeded, Overloaded, PenstockError, Unavailable
+from common.logs import Log
+from common.pb import worker_pb2 as pb
+from common.wire import sampling_to_pb
+from services.router.choice import Choice, Placement
+from services.router.generator import Generator, Work
+from services.router.placement import ClusterView, Query, Refusal, Route, Source, Why, pick_kvstore, route
+from services.router.stores import Found
+
+INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
+_SOURCE_TO_PB = {
+    Source.DIRECT: pb.DIRECT,
+    Source.STORAGE_TO_PREFILL: pb.STORAGE_TO_PREFILL,
+    Source.RECOMPUTE: pb.RECOMPUTE,
+}
+log = Log("dispatch")
+
+
+class Dispatch:
+    """Places the choices of one request. `arrived` gets every step, with the choice and its id on the stream."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        work: Work,
+        deadline: float,
+        traceparent: str,
+        arrived: Callable[[Choice, str, Step], None],
+    ) -> None:
+        self._generator = generator
+        self._work = work
+        self._deadline = deadline
+        self._traceparent = traceparent
+        self._arrived = arrived
+        self._serial = next(generator.serials)  # clients may reuse a request id
+
+    async def place(self, choice: Choice) -> None:
+        """Finds a worker and starts the choice there; waits for one only if it was running before."""
+        give_up_at = time.monotonic() + (self._generator.settings.failover_wait_s if choice.moves else 0)
+        if isinstance(choice.failure, Overloaded) and not choice.output:
+            give_up_at = 0.0  # nothing has been shown: refuse early rather than wait
+        while True:
+            refusal = await self._try_place(choice)
+            if refusal is None:
+                return
+            now = time.monotonic()
+            if now >= min(give_up_at, self._deadline) or refusal.why is Why.TOO_LARGE:
+                raise _refused(refusal)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, give_up_at - now)):
+                    await self._generator.cluster.changed()
+
+    async def _try_place(self, choice: Choice) -> Refusal | None:
+        view = self._generator.cluster.view()
+        if not view.block_tokens:
+            return Refusal(
+                Why.UNAVAILABLE, self._generator.cluster.not_ready(needs_kvstore=False) or "no decode worker is connected"
+            )
+        if choice.output and choice.namespace != view.namespace:
+            return Refusal(Why.UNAVAILABLE, "no decode worker has the weights this answer was begun with")
+        found, kvstore = await self._lookup(choice, view)
+        query = Query(
+            prompt_tokens=len(choice.prompt) + len(choice.output),
+            stored_blocks=found.prefix.blocks if found else 0,
+            kvstore=kvstore,
+            avoid=choice.avoid,
+            direct_tail_tokens=self._generator.settings.direct_tail_tokens,
+        )
+        latest = self._generator.cluster.view()
+        decision = route(query, latest, time.monotonic())
+        if isinstance(decision, Route) and latest.namespace == view.namespace:
+            placed_at = decision.decode
+            try:
+                self._start(choice, decision, found, view)
+                return None
+            except (Unavailable, Overloaded) as error:
+                decision = Refusal(Why.UNAVAILABLE, error.message)
+                choice.avoid |= {placed_at}
+        if found is not None:
+            self._generator.keeper.release(found)
+        return decision if isinstance(decision, Refusal) else Refusal(Why.UNAVAILABLE, "the cluster changed its namespace")
+
+    async def _lookup(self, choice: Choice, view: ClusterView) -> tuple[Found | None, str]:
+        """The stored prefix, leased, and the store for this chain. Any failure is a miss."""
+        began = time.monotonic()
+        root = chain_root(Namespace(view.namespace), self._work.salt)
+        reusable = reusable_blocks(len(choice.prompt), view.block_tokens)
+        leading = choice.prompt[: max(1, reusable) * view.block_tokens]
+        big = len(leading) > INLINE_TOKENS_MAX
+        keys = await self._generator.off_loop(big, lambda: block_keys(root, leading, view.block_tokens))
+        kvstore = pick_kvstore(keys[0] if keys else root, view.kvstores)
+        peer = self._generator.cluster.peer("kvstore", kvstore)
+        store = peer.store if peer is not None else None
+        if reusable == 0 or store is None:
+            return None, kvstore
+        self._generator.metrics.queried(len(choice.prompt))
+        keeper, settings = self._generator.keeper, self._generator.settings
+        try:
+            deadline_s = settings.lookup_timeout_ms / 1000
+            prefix = await store.lookup(Namespace(view.namespace), keys, keeper.lease_s, deadline_s=deadline_s)
+        except PenstockError as error:
+            log.warning("lookup_failed", request_id=self._work.id, kvstore=kvstore, reason=error.message)
+            self._generator.metrics.lookup_failed()
+            return None, kvstore
+        tracing.record("lookup", time.monotonic() - began, self._traceparent, blocks=prefix.blocks if prefix else 0)
+        if prefix is None:
+            return None, kvstore
+        found = Found(store, prefix)
+        keeper.hold(found)
+        return found, kvstore
+
+    def _start(self, choice: Choice, decision: Route, found: Found | None, view: ClusterView) -> None:
+        """Sends the choice to its worker and counts it there."""
+        peer = self._generator.cluster.peer("decode", decision.decode)
+        if peer is None or peer.connection is None:
+            raise Unavailable(f"decode worker {decision.decode}: not connected")
+        stream_id = f"{self._work.id}.{self._serial}.{choice.index}.{choice.moves}"
+        remaining_s = max(0.001, self._deadline - time.monotonic())
+        message = pb.Start(
+            request_id=stream_id,
+            token_ids=choice.prompt,
+            sampling=sampling_to_pb(choice.sampling),
+            route=pb.Route(
+                source=_SOURCE_TO_PB[decision.source],
+                stored=found.to_pb() if found is not None and decision.stored_blocks else None,
+                prefill=decision.prefill,
+                kvstore=decision.kvstore,
+            ),
+            deadline_ms=int(remaining_s * 1000) + 1,
+            chain_root=chain_root(Namespace(view.namespace), self._work.salt),
+            traceparent=self._traceparent,
+            output_ids=choice.output,
+        )
+        peer.connection.start(message, lambda step: self._arrived(choice, stream_id, step))
+        tokens = len(choice.prompt) + len(choice.output)
+        peer.sent(tokens)
+        placement = Placement(decision, peer, peer.connection, stream_id, tokens, found=found)
+        prefill = self._generator.cluster.peer("prefill", decision.prefill) if decision.prefill else None
+        if prefill is not None:
+            placement.prefill, placement.prefill_tokens = prefill, tokens - decision.stored_blocks * view.block_tokens
+            prefill.sent(placement.prefill_tokens)
+        choice.placement = placement
+        choice.route = decision
+        choice.namespace = view.namespace
+        self._generator.metrics.routed(decision.source)
+        log.debug("placed", request_id=stream_id, decode=peer.id, source=decision.source, reason=decision.reason)
+
+
+def _refused(refusal: Refusal) -> PenstockError:
+    if refusal.why is Why.TOO_LARGE:
+        return ContextExceeded(refusal.reason, param="prompt")
+    kind = Overloaded if refusal.why is Why.OVERLOADED else Unavailable
+    return kind(refusal.reason, retry_after_s=refusal.retry_after_s)

@@ -1,0 +1,82 @@
+"""What all requests of a router share: its parts, how many are in flight, and threads for what takes long."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+
+from common.errors import ContextExceeded, Overloaded, Unavailable
+from common.generation import Sampling
+from services.router.cluster import Cluster
+from services.router.metrics import Metrics
+from services.router.model import Model
+from services.router.settings import RouterSettings
+from services.router.stores import LeaseKeeper
+
+INLINE_CHARS_MAX = 4096  # shorter texts are tokenised in place: a thread hop costs more
+T = TypeVar("T")
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """A request, validated and tokenised.
+
+    Attributes:
+        prompts: token ids, one list per prompt.
+        samplings: per prompt, one per choice; choice i of prompt p has index p * n + i.
+        salt: separates a tenant's cached blocks.
+        timeout_s: of the whole request.
+    """
+
+    id: str
+    prompts: tuple[Sequence[int], ...]
+    samplings: tuple[tuple[Sampling, ...], ...]
+    timeout_s: float
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    salt: bytes = b""
+    traceparent: str = ""
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(samplings) for samplings in self.samplings)
+
+
+class Generator:
+    """What all generations share."""
+
+    def __init__(self, settings: RouterSettings, model: Model, cluster: Cluster, keeper: LeaseKeeper, metrics: Metrics) -> None:
+        self.settings = settings
+        self.model = model
+        self.cluster = cluster
+        self.keeper = keeper
+        self.metrics = metrics
+        self.in_flight = 0
+        self.draining = False
+        self.idle = asyncio.Event()  # nothing is in flight
+        self.idle.set()
+        self.serials = itertools.count()
+        self._threads = ThreadPoolExecutor(2, "tokenise")
+
+    def refuse_when_full(self, sequences: int) -> None:
+        """Raises `Overloaded` when so many more would be too many."""
+        if self.draining:
+            raise Unavailable("the router is shutting down", retry_after_s=1.0)
+        limit = self.settings.requests_max
+        if sequences > limit:
+            raise ContextExceeded(f"the request makes {sequences} sequences: at most {limit}", param="n")
+        if self.in_flight + sequences > limit:
+            raise Overloaded(f"{self.in_flight} sequences are in flight and requests_max = {limit}: try again", retry_after_s=1.0)
+
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return await self.off_loop(len(text) > INLINE_CHARS_MAX, lambda: self.model.encode(text, special=special))
+
+    async def off_loop(self, big: bool, work: Callable[[], T]) -> T:
+        """Runs `work` in place, or in a thread when it is big enough to hold up others."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work) if big else work()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
