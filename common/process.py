@@ -11,6 +11,7 @@
 
 import asyncio
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -46,7 +47,10 @@ def start(
         print(f"{section}: {error.message}", file=sys.stderr)  # noqa: T201
         return 2
     logs.setup(section, getattr(chosen, "log_level", "info"), getattr(chosen, "log_format", "json"))
-    return run(lambda stop: serve(chosen, stop))
+    status = run(lambda stop: serve(chosen, stop))
+    # Everything is closed by now. The interpreter's own end takes seconds once torch is loaded.
+    logging.shutdown()
+    os._exit(status)
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
