@@ -57,6 +57,7 @@ class LoadedModel:
         model: the `transformers` causal LM, in eval mode on `device`.
         context_tokens: longest prompt plus output.
         kernels: whether the compiled CPU kernels serve it.
+        torch_multiplies: some of its matrix products are left to torch.
     """
 
     model: Any
@@ -68,6 +69,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     kernels: bool = False
+    torch_multiplies: bool = True
 
 
 def load_model(
@@ -95,23 +97,18 @@ def load_model(
     directory = Path(directory)
     place = resolve_device(device)
     compiled = use_kernels(kernels, place)
-    set_threads(threads, compiled)
     checkpoint = checkpoints.inspect(directory)
     config = read_config(checkpoint)
     dtype = resolve_dtype(checkpoint, config, dtype)
     layout = layout_of(config, dtype, block_tokens)
     context = resolve_context(config, context_tokens)
-    with ThreadPoolExecutor(max_workers=1) as threads:
-        digest = threads.submit(checkpoints.weights_digest, checkpoint, on_progress)
+    with ThreadPoolExecutor(max_workers=1) as hashing:
+        digest = hashing.submit(checkpoints.weights_digest, checkpoint, on_progress)
         model = _load_weights(directory, config, DTYPES[dtype], place)
         weights = digest.result()
     _probe(model, layout, place)
-    if compiled:
-        from services.worker.kernels.patching import patch_linears, patch_mlps, patch_norms
-
-        patch_linears(model)
-        patch_norms(model)
-        patch_mlps(model)
+    torch_multiplies = not (compiled and _patch(model))
+    set_threads(threads, torch_multiplies)
     return LoadedModel(
         model=model,
         config=config,
@@ -122,7 +119,18 @@ def load_model(
         device=place,
         dtype=DTYPES[dtype],
         kernels=compiled,
+        torch_multiplies=torch_multiplies,
     )
+
+
+def _patch(model: Any) -> bool:
+    """Puts the kernels under the model's modules; whether all its matrix products are theirs now."""
+    from services.worker.kernels import patch_linears, patch_mlps, patch_norms
+
+    linears, norms, mlps = (len(patch(model)) for patch in (patch_linears, patch_norms, patch_mlps))
+    log.info("kernels serve %d linear layers, %d norms, %d gated MLPs", linears, norms, mlps)
+    experts = any(parameter.ndim > 2 for parameter in model.parameters())
+    return not experts and linears == sum(isinstance(module, torch.nn.Linear) for module in model.modules())
 
 
 def resolve_device(name: str) -> torch.device:
@@ -152,20 +160,20 @@ def use_kernels(mode: str, device: torch.device) -> bool:
     return ops.available()
 
 
-def set_threads(count: int, compiled: bool) -> None:
+def set_threads(count: int, torch_multiplies: bool) -> None:
     """Threads of this process; 0: the machine's cores.
 
-    With the compiled kernels torch gets one thread: what is left to it is small, and every parallel
-    region of its OpenMP pool waits for a thread that other processes may keep from running
+    Where the compiled kernels do all matrix products torch gets one thread: what is left to it is small, and
+    every parallel region of its OpenMP pool waits for a thread that other processes may keep from running
     (docs/benchmarks.md), which the kernels' own pool does not.
     """
-    if compiled:
+    if torch_multiplies:
+        torch.set_num_threads(count or torch.get_num_threads())
+    else:
         from services.worker.kernels import ops
 
         ops.set_threads(count or len(os.sched_getaffinity(0)))
         torch.set_num_threads(1)
-    elif count:
-        torch.set_num_threads(count)
 
 
 def read_config(checkpoint: Checkpoint) -> Any:

@@ -204,6 +204,7 @@ def _load(settings: WorkerSettings) -> LoadedModel:
         block_tokens=settings.block_tokens,
         context_tokens=settings.context_tokens,
         kernels=settings.kernels,
+        threads=settings.threads,
         on_progress=on_progress,
     )
 

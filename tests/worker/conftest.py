@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,9 +32,13 @@ class Tiny:
     family: str
     directory: Path
     loaded: LoadedModel  # with the compiled kernels, where there is a compiler
-    torch_only: LoadedModel
     oracle: PreTrainedModel
     _known: dict[tuple[tuple[int, ...], int], tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def torch_only(self) -> LoadedModel:
+        """The same without kernels."""
+        return load_model(self.directory, device="cpu", block_tokens=BLOCK_TOKENS, kernels="off")
 
     def generate(self, prompt: list[int], max_tokens: int) -> tuple[list[int], torch.Tensor]:
         key = (tuple(prompt), max_tokens)
@@ -55,10 +60,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     def get(family: str) -> Tiny:
         if family not in made:
             directory = save_tiny(family, tmp_path_factory.mktemp(family), seed=1)
-            loaded, torch_only = (
-                load_model(directory, device="cpu", block_tokens=BLOCK_TOKENS, kernels=kernels) for kernels in ("auto", "off")
-            )
-            made[family] = Tiny(family, directory, loaded, torch_only, load_oracle(directory))
+            loaded = load_model(directory, device="cpu", block_tokens=BLOCK_TOKENS)
+            made[family] = Tiny(family, directory, loaded, load_oracle(directory))
         return made[family]
 
     return get

@@ -185,6 +185,19 @@ def test_settings_that_do_not_fit_the_model_are_refused(directory: Path) -> None
     assert load_model(directory, device="cpu", context_tokens=100).context_tokens == 100
 
 
+def test_threads_go_to_whoever_multiplies(llama, tiny) -> None:
+    assert llama.torch_only.torch_multiplies and not llama.torch_only.kernels
+    assert tiny("mixtral").loaded.torch_multiplies  # experts are not linear layers
+    assert llama.loaded.torch_multiplies is not llama.loaded.kernels
+    before = torch.get_num_threads()
+    try:
+        for kernels, expected in (("off", 2), ("auto", 1 if llama.loaded.kernels else 2)):
+            load_model(llama.directory, device="cpu", kernels=kernels, threads=2)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_longrope_is_served_up_to_where_its_factors_change(tmp_path: Path) -> None:
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
