@@ -145,7 +145,8 @@ def _results(facts: Facts) -> str:
     table = f"""\
 ## Held-out results
 
-The bfloat16 weights as stored, over all held-out text, in rows of 2,048 tokens. Perplexity is per token of this tokenizer; bits per byte compare across tokenizers.
+The bfloat16 weights as stored, over all held-out text, in rows of 2,048 tokens. Perplexity is per token of this tokenizer; bits
+per byte compare across tokenizers.
 
 | held-out text | tokens | loss | perplexity | bits per byte |
 | --- | --- | --- | --- | --- |

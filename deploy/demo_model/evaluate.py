@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deploy.demo_model import dataset as data
 
@@ -71,7 +70,7 @@ def loss_by_position(
     return [(end, float(losses[:, start:end].mean())) for start, end in zip(starts, POSITIONS, strict=True)]
 
 
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens_max: int = 160) -> str:
+def sample(model: Any, tokenizer: Any, prompt: str, tokens_max: int = 160) -> str:
     """The greedy answer to one user message."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
