@@ -155,6 +155,7 @@ def write(model: LlamaForCausalLM, corpus: data.Dataset, plan: Plan, runs: list[
         runs=runs,
         scores=[evaluate.score(model, corpus, kind, _autocast(plan)) for kind in range(len(data.KINDS))],
         by_position=evaluate.loss_by_position(model, corpus, _autocast(plan)),
+        repeat=evaluate.loss_of_a_repeat(model, corpus, _autocast(plan)),
         samples=[(prompt, evaluate.sample(model, tokenizer, prompt)) for prompt in evaluate.PROMPTS],
     )
     (plan.out / "README.md").write_text(card.text(facts))
