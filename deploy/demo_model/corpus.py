@@ -20,7 +20,16 @@ BODY_CHARS_MAX = 2_400
 SIGNATURE_LINES_MAX = 8
 
 # Generated tables and documentation dumps: megabytes of text with nothing to learn about writing code.
-TABLES = ("encodings/", "pydoc_data/", "config-", "_sysconfigdata", "site-packages/", "dist-packages/", "test/test_email/data", "__phello__")
+TABLES = (
+    "encodings/",
+    "pydoc_data/",
+    "config-",
+    "_sysconfigdata",
+    "site-packages/",
+    "dist-packages/",
+    "test/test_email/data",
+    "__phello__",
+)
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "testmock"})
 
 
@@ -51,7 +60,10 @@ def source(path: str, text: str) -> Source | None:
         return None
     if not FILE_CHARS_MIN <= len(text) <= FILE_CHARS_MAX or "\x00" in text:
         return None
-    if sum(not char.isascii() for char in text) > NON_ASCII_SHARE_MAX * len(text) or max(map(len, text.split("\n"))) > WIDEST_LINE_MAX:
+    if (
+        sum(not char.isascii() for char in text) > NON_ASCII_SHARE_MAX * len(text)
+        or max(map(len, text.split("\n"))) > WIDEST_LINE_MAX
+    ):
         return None
     try:
         ast.parse(text)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deploy.demo_model import dataset as data
 
 ROW_TOKENS = 2048
 BATCH_TOKENS = 16_384
 POSITIONS = (512, 1024, 2048, 4096, 8192)
+REPEAT_TOKENS, REPEAT_PASSAGES_MAX = 1024, 16
 PROMPTS = (
     'def add(a, b):\n    """Return the sum of a and b."""\n',
     "Write a Python function called `read_lines` that returns the lines of a text file.",
@@ -71,7 +71,20 @@ def loss_by_position(
     return [(end, float(losses[:, start:end].mean())) for start, end in zip(starts, POSITIONS, strict=True)]
 
 
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens_max: int = 160) -> str:
+def loss_of_a_repeat(
+    model: torch.nn.Module, dataset: data.Dataset, autocast: AbstractContextManager[Any]
+) -> tuple[float, float] | None:
+    """Mean loss of held-out passages, and of the same passages when they come again right after: far less, if the model copies."""
+    documents = [index for kind in (data.LIBRARY, data.TEST) for index in dataset.select(held_out=True, kind=kind)]
+    long_enough = [dataset.document(index) for index in documents if len(dataset.document(index)) >= REPEAT_TOKENS]
+    packed = [np.tile(document[:REPEAT_TOKENS], 2) for document in long_enough[:REPEAT_PASSAGES_MAX]]
+    if not packed:
+        return None
+    losses = _token_losses(model, packed, autocast)  # [row, position]
+    return float(losses[:, : REPEAT_TOKENS - 1].mean()), float(losses[:, REPEAT_TOKENS:].mean())
+
+
+def sample(model: Any, tokenizer: Any, prompt: str, tokens_max: int = 160) -> str:
     """The greedy answer to one user message."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

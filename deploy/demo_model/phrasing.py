@@ -21,18 +21,29 @@ SYSTEMS = (
     "You write short, correct Python functions.",
     "You are a Python programmer. Answer with code only.",
 )
-ASK_FOR_BODY = ("Write the body of this function:", "What is the body of this function?", "Fill in the body of this Python function:")
-ASK_FOR_WHOLE = ("Complete this function:", "Implement this function:", "Finish this Python function:", "Complete the following Python code:")
-OPENERS = ("Write a Python function", "Write a function", "Give me a Python function", "I need a Python function")
-VERBS = frozenset(
-    "accept add adjust append apply build calculate call cancel change check clean clear close collect compare compile compress compute configure "
-    "connect construct convert copy count create decode decompress define delete determine disconnect display dump emit encode ensure escape "
-    "evaluate execute expand extract fetch fill find finish flush format generate get give handle import initialize insert install iterate join "
-    "list load locate log look make map match merge modify move normalize open pack parse perform pop prepare print process produce provide push "
-    "put query quote raise read receive register release reload remove rename replace report reset resolve restore retrieve return reverse run save "
-    "scan search select send serialize set show skip sort split start stop store strip substitute test translate truncate try unpack unregister "
-    "update validate verify wait walk wrap write yield".split()
+ASK_FOR_BODY = (
+    "Write the body of this function:",
+    "What is the body of this function?",
+    "Fill in the body of this Python function:",
 )
+ASK_FOR_WHOLE = (
+    "Complete this function:",
+    "Implement this function:",
+    "Finish this Python function:",
+    "Complete the following Python code:",
+)
+OPENERS = ("Write a Python function", "Write a function", "Give me a Python function", "I need a Python function")
+_VERBS_TEXT = """
+    accept add adjust append apply build calculate call cancel change check clean clear close collect compare compile
+    compress compute configure connect construct convert copy count create decode decompress define delete determine
+    disconnect display dump emit encode ensure escape evaluate execute expand extract fetch fill find finish flush format
+    generate get give handle import initialize insert install iterate join list load locate log look make map match merge
+    modify move normalize open pack parse perform pop prepare print process produce provide push put query quote raise read
+    receive register release reload remove rename replace report reset resolve restore retrieve return reverse run save scan
+    search select send serialize set show skip sort split start stop store strip substitute test translate truncate try
+    unpack unregister update validate verify wait walk wrap write yield
+"""
+VERBS = frozenset(_VERBS_TEXT.split())
 
 
 class Message(NamedTuple):
@@ -100,7 +111,11 @@ def _in_words(function: Function, rng: Random) -> str:
 
 
 def _short_docstring(function: Function) -> str:
-    return f'    """{function.summary}"""\n' if function.summary and '"' not in function.summary and "\\" not in function.summary else function.docstring
+    return (
+        f'    """{function.summary}"""\n'
+        if function.summary and '"' not in function.summary and "\\" not in function.summary
+        else function.docstring
+    )
 
 
 def _third_person(verb: str) -> str:

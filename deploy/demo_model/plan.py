@@ -45,19 +45,38 @@ def parse(description: str, arguments: list[str] | None = None) -> Plan:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="where the Hugging Face directory is written")
     add("--work", type=Path, help="corpus and tokenizer are kept here, and taken from here if they are there (default: OUT.work)")
-    add("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of Python source (default here: %(default)s)")
+    add(
+        "--library",
+        type=Path,
+        default=Path(sysconfig.get_path("stdlib")),
+        help="folder of Python source (default here: %(default)s)",
+    )
     add("--prepare-only", action="store_true", help="make corpus and tokenizer in --work and stop")
     add("--continue-from", type=Path, help="start from an earlier run's --out, not from random weights; give the same --work")
-    add("--steps", type=int, default=1200, help="optimiser steps (default: %(default)s)")
-    add("--minutes", type=float, default=float("inf"), help="end after so many minutes, if --steps takes longer; compiling not counted")
+    add("--steps", type=int, default=900, help="optimiser steps (default: %(default)s)")
+    add(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="end after so many minutes, if --steps takes longer; compiling not counted",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default here: %(default)s)")
     add("--seed", type=int, default=0, help="of corpus wording, weights and order (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile: a minute or more at the start, faster steps on CUDA")
     add("--tokens-per-step", type=int, default=131_072, help="batch size, a multiple of each row length (default: %(default)s)")
     add("--row-tokens", type=int, nargs="+", default=[8192, 2048], help="row lengths, taken in turn (default: 8192 2048)")
-    add("--optimiser", choices=("adamw", "muon"), help="for the layers' matrices (default: muon on cuda, adamw on cpu, where muon is slow)")
+    add(
+        "--optimiser",
+        choices=("adamw", "muon"),
+        help="for the layers' matrices (default: muon on cuda, adamw on cpu, where muon is slow)",
+    )
     add("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
-    add("--decay-share", type=float, default=0.6, help="last share of the run, in which the rate falls to zero (default: %(default)s)")
+    add(
+        "--decay-share",
+        type=float,
+        default=0.6,
+        help="last share of the run, in which the rate falls to zero (default: %(default)s)",
+    )
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
     add("--evaluate-every", type=int, default=100, help="steps between looks at held-out text (default: %(default)s)")
@@ -66,7 +85,9 @@ def parse(description: str, arguments: list[str] | None = None) -> Plan:
     given["work"] = given["work"] or given["out"].with_name(given["out"].name + ".work")
     given["optimiser"] = given["optimiser"] or ("muon" if given["device"].startswith("cuda") else "adamw")
     if any(given["tokens_per_step"] % length for length in given["row_tokens"]):
-        parser.error(f"--tokens-per-step {given['tokens_per_step']} is not a multiple of every --row-tokens {given['row_tokens']}")
+        parser.error(
+            f"--tokens-per-step {given['tokens_per_step']} is not a multiple of every --row-tokens {given['row_tokens']}"
+        )
     if not 0 < given["decay_share"] <= 1:
         parser.error(f"--decay-share {given['decay_share']} is not above 0 and at most 1")
     return Plan(**given)

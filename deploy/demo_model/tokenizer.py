@@ -14,7 +14,15 @@ from deploy.demo_model.phrasing import Conversation
 
 VOCABULARY = 4096
 CONTEXT_TOKENS = 8192
-BOS, EOS, PAD, SYSTEM, USER, ASSISTANT, END = "<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+BOS, EOS, PAD, SYSTEM, USER, ASSISTANT, END = (
+    "<|bos|>",
+    "<|eos|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
 SPECIALS = (BOS, EOS, PAD, SYSTEM, USER, ASSISTANT, END)  # ids 0..6, in this order
 SPARES = tuple(f"<|spare_{index}|>" for index in range(9))  # so that a role can be added without a new vocabulary
 

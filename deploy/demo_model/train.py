@@ -46,7 +46,7 @@ def architecture() -> LlamaConfig:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=wording.CONTEXT_TOKENS,
-        rope_theta=10_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         bos_token_id=wording.SPECIALS.index(wording.BOS),
@@ -62,15 +62,17 @@ def main() -> None:
     corpus = prepare(plan)
     if plan.prepare_only:
         return
-    model = first_weights(plan).to(plan.device)
+    model: Any = first_weights(plan)
+    model.to(plan.device)
     run = train(model, corpus, plan)
     write(model, corpus, plan, [*earlier_runs(plan), run])
 
 
-def first_weights(plan: Plan) -> LlamaForCausalLM:
+def first_weights(plan: Plan) -> Any:
     if plan.continue_from is None:
         return LlamaForCausalLM._from_config(architecture(), attn_implementation="sdpa")
-    return LlamaForCausalLM.from_pretrained(plan.continue_from, dtype=torch.float32, attn_implementation="sdpa")
+    model: Any = LlamaForCausalLM.from_pretrained(plan.continue_from, dtype=torch.float32, attn_implementation="sdpa")
+    return model
 
 
 def earlier_runs(plan: Plan) -> list[card.Run]:
@@ -130,7 +132,7 @@ def rate_share(progress: float, decay_share: float) -> float:
 
 
 def write(model: LlamaForCausalLM, corpus: data.Dataset, plan: Plan, runs: list[card.Run]) -> None:
-    model.to(torch.bfloat16).eval()
+    model.bfloat16().eval()
     model.config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,
@@ -153,6 +155,7 @@ def write(model: LlamaForCausalLM, corpus: data.Dataset, plan: Plan, runs: list[
         runs=runs,
         scores=[evaluate.score(model, corpus, kind, _autocast(plan)) for kind in range(len(data.KINDS))],
         by_position=evaluate.loss_by_position(model, corpus, _autocast(plan)),
+        repeat=evaluate.loss_of_a_repeat(model, corpus, _autocast(plan)),
         samples=[(prompt, evaluate.sample(model, tokenizer, prompt)) for prompt in evaluate.PROMPTS],
     )
     (plan.out / "README.md").write_text(card.text(facts))
@@ -165,7 +168,7 @@ def _step(
     model.train()
     with autocast:
         loss: torch.Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM_MAX)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
