@@ -1,5 +1,4 @@
-# Containers. `make docker-up` is enough where an engine runs that can pull; elsewhere:
-#   make docker-engine docker-base docker-wheels docker-build docker-test
+# Containers. `make docker-up` is enough where an engine runs that can pull an image; elsewhere `make docker-ready` first.
 #
 # BASE_IMAGE   what images are built on; default: the base of `make docker-base` if it was made, else Python's slim image
 # MODEL_DIR    the model that docker-up serves (docker-compose.yml lists the other variables)
@@ -19,7 +18,13 @@ WHEEL_FOR = --only-binary=:all: --implementation cp --python-version $(WHEEL_PYT
 with_engine := eval "$$(sh deploy/docker/engine.sh env)" &&
 compose := $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: docker-engine docker-base docker-wheels docker-build docker-up docker-down docker-test
+.PHONY: docker-ready docker-engine docker-engine-stop docker-base docker-wheels docker-build docker-up docker-down docker-test
+
+docker-ready:  ## all that docker-up and docker-test need, on a bare machine: engine, base image, wheels, images
+	$(MAKE) docker-engine
+	$(MAKE) docker-base
+	$(MAKE) docker-wheels
+	$(MAKE) docker-build
 
 docker-engine:  ## start a Docker engine of our own where none runs (root); docker-engine-stop ends it
 	sh deploy/docker/engine.sh start
@@ -40,7 +45,7 @@ $(WHEELS)/.complete: pyproject.toml requirements.lock deploy/docker/requirements
 
 docker-build:  ## build the images
 	$(with_engine) for image in $(IMAGES); do docker build --quiet -f deploy/Dockerfile --target $$image \
-		--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL \
+		--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL --build-arg PIP_TRUSTED_HOST \
 		-t penstock-$$image:$(IMAGE_TAG) . || exit 1; done
 
 docker-up:  ## start the same cluster in containers; serves on 127.0.0.1:8080
