@@ -12,7 +12,7 @@ Life of a request (`_run`):
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from common import tracing
 from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, PenstockError
@@ -143,11 +143,9 @@ class Decoder:
         request = live.request
         filled = await self._filler.fill(request, live.report)
         if filled.first is not None and self._first_ends(live, filled):
-            filled.drop()
+            self._keep_staged(live, filled)
             return
-        live.chain = Chain(
-            live.key, request.route.kvstore, request.chain_root, [*request.prompt, *request.output], filled.stored_blocks
-        )
+        live.chain = self._chain(live, filled, lambda: self._engine.release(live.key))
         if filled.first is not None:
             live.chain.tokens.append(filled.first.id)
         live.submitted = time.perf_counter()
@@ -156,6 +154,17 @@ class Decoder:
         self._engine.add(sequence)
         live.in_engine = True
         await live.over
+
+    def _chain(self, live: Live, filled: Filled, let_go: Callable[[], None], staged: Sequence[int] = ()) -> Chain:
+        request = live.request
+        known = [*request.prompt, *request.output]
+        return Chain(live.key, request.route.kvstore, request.chain_root, known, filled.stored_blocks, let_go, staged)
+
+    def _keep_staged(self, live: Live, filled: Filled) -> None:
+        """A request that ended with prefill's token never enters the engine: its blocks are written back from the stage."""
+        chain = self._chain(live, filled, filled.drop, filled.slots)
+        self._writer.offer(chain, len(live.request.prompt))
+        self._writer.finish(chain)
 
     def _first_ends(self, live: Live, filled: Filled) -> bool:
         """Sends prefill's first token on; whether it is also the last."""

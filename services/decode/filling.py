@@ -9,6 +9,7 @@ Slots belong to the `Filled` that is returned, and are given back by whoever tak
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ import msgspec
 
 from common import tracing
 from common.blocks import reusable_blocks
-from common.errors import PenstockError
+from common.errors import LeaseRejected, PenstockError
 from common.generation import FinishReason, Token
 from common.logs import Log
 from common.transport.interface import Endpoint, LeaseToken
@@ -32,11 +33,12 @@ log = Log("filling")
 class Filled(msgspec.Struct, frozen=True):
     """What the engine starts from.
 
-    `kv` is None when nothing was filled. `first` came from prefill, with how it ended the sequence.
+    `kv` is None when nothing was filled; its bytes are in `slots`. `first` came from prefill, with how it ended the sequence.
     `stored_blocks` leading blocks are in the reservoir already.
     """
 
     kv: LoadedKv | None = None
+    slots: Sequence[int] = ()
     stored_blocks: int = 0
     first: Token | None = None
     finish: FinishReason | None = None
@@ -107,7 +109,7 @@ class Filler:
             return Filled()
         report.cached_tokens = good * self._block_tokens
         kv = LoadedKv(report.cached_tokens, self._views(slots[:good]), self._freer(slots[:good]))
-        return Filled(kv, stored_blocks=good)
+        return Filled(kv, slots[:good], good)
 
     async def _by_prefill(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
         """Has a prefill worker fill the whole prompt and sample the first token.
@@ -138,12 +140,14 @@ class Filler:
         if last is not None:
             self._merge(report, last.report or Report(), time.perf_counter() - began)
             kv = LoadedKv(len(request.prompt), self._views(slots), self._freer(slots))
-            return Filled(kv, report.cached_tokens // self._block_tokens, last.first, last.finish, last.stop_token)
+            return Filled(kv, slots, report.cached_tokens // self._block_tokens, last.first, last.finish, last.stop_token)
         if not good:
             return await self._direct(request, stored, report)
         stored_blocks = min(good, stored.blocks if stored else 0)
         report.cached_tokens = stored_blocks * self._block_tokens
-        return Filled(LoadedKv(good * self._block_tokens, self._views(slots[:good]), self._freer(slots[:good])), stored_blocks)
+        return Filled(
+            LoadedKv(good * self._block_tokens, self._views(slots[:good]), self._freer(slots[:good])), slots[:good], stored_blocks
+        )
 
     def _merge(self, report: Report, prefill: Report, seconds: float) -> None:
         """Takes over what the prefill worker measured; what is left of the time was the hand-off."""
@@ -163,10 +167,11 @@ class Filler:
         report.handoff_s = max(0.0, seconds - report.prefill_s - report.load_s - report.queue_s)
 
     async def _keep(self, token: LeaseToken) -> None:
-        """Heartbeats the lease for as long as prefill works on it."""
-        while True:
-            await asyncio.sleep(self._lease_s / 3)
-            self._stage.renew(token, self._lease_s)
+        """Heartbeats the lease for as long as prefill works on it, or until it has ended all the same."""
+        with contextlib.suppress(LeaseRejected):
+            while True:
+                await asyncio.sleep(self._lease_s / 3)
+                self._stage.renew(token, self._lease_s)
 
     def _views(self, slots: Sequence[int]) -> list[memoryview]:
         return [self._stage.view(slot) for slot in slots]

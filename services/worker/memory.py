@@ -3,8 +3,8 @@
 from common.errors import SettingsError
 from common.kv_layout import KvLayout
 
-STAGE_SHARE, STAGE_BYTES_MAX = 20, 8 << 30  # of the machine's memory: it is touched at start
-CONTEXTS_STAGED = 4
+STAGE_SHARE, STAGE_BYTES_MAX = 40, 8 << 30  # of the machine's memory: it is touched at start
+CONTEXTS_STAGED = 2
 STAGE_SLOTS_MIN = 64
 
 

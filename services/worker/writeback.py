@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
 from common.blocks import BlockKey, ChainRoot, Namespace, extend_keys
-from common.clients.kvstore import Admission, BlockMeta
+from common.clients.kvstore import Admission, BlockMeta, Reservation
 from common.errors import PenstockError
 from common.logs import Log
 from common.transport.interface import Part, PartStatus
@@ -32,13 +32,18 @@ WRITE_DEADLINE_S = 10.0
 
 
 class Chain:
-    """The blocks of one sequence on their way to a kvstore.
+    """The blocks of one sequence on their way to a kvstore, out of the engine's pool or out of `staged` slots.
 
     Invariant: `done <= offered <= full blocks of tokens`; blocks `[0, done)` are stored or given up.
     """
 
-    def __init__(self, sequence_id: str, kvstore: str, root: ChainRoot, tokens: list[int], stored_blocks: int) -> None:
+    def __init__(
+        self, sequence_id: str, kvstore: str, root: ChainRoot, tokens: list[int], stored_blocks: int, let_go: Callable[[], None],
+        staged: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self.sequence_id = sequence_id
+        self.let_go = let_go  # called once, when the sequence is over and nothing of it is pending
+        self.staged = staged  # stage slots that hold the blocks, of a sequence that never entered the engine
         self.kvstore = kvstore
         self.tokens = tokens  # prompt and output; the request appends to it
         self.offered = stored_blocks
@@ -115,7 +120,7 @@ class Writer:
         """The sequence is over: its pool blocks go as soon as nothing of it is pending."""
         chain.over = True
         if not chain.pending:
-            self._engine.release(chain.sequence_id)
+            chain.let_go()
 
     def abandon(self, chain: Chain) -> None:
         """The engine has dropped the sequence: what is pending of it can't be written any more."""
@@ -156,7 +161,7 @@ class Writer:
         chain.dropped = True
         log.debug("blocks_dropped", sequence=chain.sequence_id, blocks=lost, reason=reason)
         if chain.over:
-            self._engine.release(chain.sequence_id)
+            chain.let_go()
 
     async def _write_pending(self, chain: Chain) -> None:
         """Writes what `chain` has pending, a batch at a time."""
@@ -176,7 +181,7 @@ class Writer:
             chain.done = last
             self._lane(chain.kvstore).blocks -= last - first
             if chain.over and not chain.pending:
-                self._engine.release(chain.sequence_id)
+                chain.let_go()
 
     async def _write(self, chain: Chain, first: int, last: int) -> bool:
         """Whether blocks `[first, last)` are stored now."""
@@ -190,20 +195,28 @@ class Writer:
         complete = all(admission in held for admission in reservation.admissions)
         if not wanted or reservation.token is None:
             return complete
-        async with self._slots.lend(len(wanted)) as slots:
-            copies = [(first + i, self._stage.view(slot)) for i, slot in zip(wanted, slots, strict=True)]
-            await self._engine.call(lambda engine: _export(engine, chain.sequence_id, copies))
-            transport = self._transports.transport(reservation.endpoint)
-            parts = [Part(i, 0, size) for i in wanted]
-            spans = [self._stage.span(slot) for slot in slots]
-            try:
-                statuses = await transport.write(reservation.token, parts, spans, deadline_s=WRITE_DEADLINE_S)
-            finally:
-                await store.release(reservation.token)
+        blocks = [first + i for i in wanted]
+        try:
+            if chain.staged:
+                statuses = await self._send(reservation, wanted, [chain.staged[block] for block in blocks])
+            else:
+                async with self._slots.lend(len(wanted)) as slots:
+                    copies = [(block, self._stage.view(slot)) for block, slot in zip(blocks, slots, strict=True)]
+                    await self._engine.call(lambda engine: _export(engine, chain.sequence_id, copies))
+                    statuses = await self._send(reservation, wanted, slots)
+        finally:
+            await store.release(reservation.token)
         stored = sum(status is PartStatus.OK for status in statuses)
         self.written_blocks += stored
         self.written_bytes += stored * size
         return complete and stored == len(wanted)
+
+    async def _send(self, reservation: Reservation, items: Sequence[int], slots: Sequence[int]) -> list[PartStatus]:
+        assert reservation.token is not None
+        transport = self._transports.transport(reservation.endpoint)
+        parts = [Part(item, 0, self._stage.bytes_per_slot) for item in items]
+        spans = [self._stage.span(slot) for slot in slots]
+        return await transport.write(reservation.token, parts, spans, deadline_s=WRITE_DEADLINE_S)
 
 
 def _export(engine: Engine, sequence_id: str, copies: Sequence[tuple[int, memoryview]]) -> None:

@@ -83,3 +83,13 @@ def _pool_bytes(directory: Path, blocks: int) -> int:
     from services.worker.model import load_model
 
     return blocks * load_model(directory, device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS).layout.bytes_per_block
+
+
+def test_a_prompt_that_ends_with_prefills_token_is_stored_all_the_same(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = tiny("llama")
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
+        check(directory, prompt_of(100), ask(cluster, prompt_of(100), tokens=1), tokens=1)
+        settled(cluster, full_blocks(100))
+        answer = ask(cluster, prompt_of(100), tokens=8)
+        check(directory, prompt_of(100), answer, tokens=8)
+        assert answer.cached_tokens == 96
