@@ -55,4 +55,4 @@ docker-down:  ## stop it; the SSD tier's volume stays (ARGS=-v removes it)
 	$(with_engine) $(compose) down $(ARGS)
 
 docker-test:  ## test the containers (skipped, with the reason, where no engine answers)
-	"$(BIN)/python" -m pytest tests/docker -m docker -rs --timeout=900 $(ARGS)
+	"$(BIN)/python" -m pytest tests/docker -m docker -rs $(ARGS)

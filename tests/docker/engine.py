@@ -15,7 +15,7 @@ from typing import Any
 from testcontainers.compose import DockerCompose
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-READY_DEADLINE_S = 180.0
+READY_DEADLINE_S = 420.0
 PROBE_EVERY_S = 0.5
 
 

@@ -12,7 +12,7 @@ from docker.models.containers import Container
 
 from tests.docker.engine import REPOSITORY, Compose
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1500)]
 MODEL = REPOSITORY / "deploy/demo_model/penstock-demo"
 UID = 10001
 TOKENS = 24
