@@ -38,7 +38,7 @@ class Live:
         self.report = Report()
         self.began = time.perf_counter()
         self.submitted = self.began
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.over = asyncio.Event()  # the engine has finished the sequence and holds its blocks
         self.task: asyncio.Task[None] | None = None
         self.chain: Chain | None = None
         self.first_seen = False
@@ -132,7 +132,7 @@ class Decoder:
         """The engine lets go of the sequence: at once, or when its last blocks are written back."""
         if live.chain is None:
             return
-        if live.over.done():
+        if live.over.is_set():
             self._writer.finish(live.chain)
         else:
             self._writer.abandon(live.chain)
@@ -153,7 +153,7 @@ class Decoder:
         sequence = NewSequence(live.key, request.prompt, request.sampling, output, filled.kv, hold=True)
         self._engine.add(sequence)
         live.in_engine = True
-        await live.over
+        await live.over.wait()
 
     def _chain(self, live: Live, filled: Filled, let_go: Callable[[], None], staged: Sequence[int] = ()) -> Chain:
         request = live.request
@@ -200,7 +200,7 @@ class Decoder:
                 return
         if step.finish is not None:
             self._end(live, step.finish, step.tokens, step.stop_token, step.error)
-            live.over.set_result(None)
+            live.over.set()
         elif step.tokens:
             live.emit(RequestStep(live.request.id, step.tokens))
 

@@ -126,6 +126,7 @@ class Cluster:
         self.services: dict[str, Service] = {}
         self.addresses: dict[str, str] = {}
         self.url = ""
+        self._killed: set[str] = set()
         self._run: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "Cluster":
@@ -142,7 +143,7 @@ class Cluster:
         else:
             self.kill()
         if self._run is not None:
-            left = os.listdir(self._run.name)
+            left = set(os.listdir(self._run.name)) - self._killed
             self._run.cleanup()
             assert kind is not None or not left, f"left in the run folder: {left}"
 
@@ -196,6 +197,11 @@ class Cluster:
         """Stops every process and starts it anew on the same data."""
         self.stop()
         self.start()
+
+    def kill_one(self, name: str) -> None:
+        """kill -9; its socket stays behind until a successor of that name replaces it."""
+        self.services.pop(name).kill()
+        self._killed.add(f"{name}.sock")
 
     def stop(self) -> None:
         for name in self._stop_order():

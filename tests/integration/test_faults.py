@@ -1,0 +1,157 @@
+"""The failure ladder, with real processes: whatever dies, the tokens are the oracle's and nothing is left behind."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.asking import ask, check, settled
+from tests.integration.cluster import Cluster
+from tests.integration.oracle import greedy
+from tests.integration.test_oracle import BLOCK_TOKENS, ROUTER_FLAGS, prompt_of
+
+pytestmark = pytest.mark.timeout(300)
+QUIET_DEADLINE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def directory(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def cluster(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    flags = (*ROUTER_FLAGS, "--failover-wait-s", "10")
+    with Cluster(
+        directory, tmp_path_factory.mktemp("faults"), decodes=2, router_flags=flags, block_tokens=BLOCK_TOKENS
+    ) as cluster:
+        yield cluster
+
+
+def status(cluster: Cluster) -> dict[str, Any]:
+    document: dict[str, Any] = httpx.get(f"{cluster.url}/v1/penstock/status", timeout=10, trust_env=False).json()
+    return document
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Polls another process, bounded."""
+    until = time.monotonic() + QUIET_DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until, f"not within {QUIET_DEADLINE_S} s: {what}"
+        time.sleep(0.1)
+
+
+def quiet(cluster: Cluster) -> None:
+    """Nothing runs, and every block and slot is where it belongs."""
+
+    def at_rest() -> bool:
+        found = status(cluster)
+        loads = [member["load"] for member in found["members"] if member.get("load") and member["connected"]]
+        full = all(load.get("pool_blocks_free") == load.get("pool_blocks_total") for load in loads)
+        return found["in_flight"] == 0 and not any(load.get("running") or load.get("waiting") for load in loads) and full
+
+    try:
+        wait_until(at_rest, "the cluster at rest")
+    except AssertionError:
+        raise AssertionError(json.dumps(status(cluster), indent=1)) from None
+
+
+def stream_ids(cluster: Cluster, prompt: list[int], tokens: int) -> Iterator[list[int]]:
+    body = {
+        "model": cluster.model.name,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120, trust_env=False) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                for choice in chunk["choices"]:
+                    yield choice.get("token_ids") or []
+
+
+def test_a_client_that_vanishes_mid_stream_leaves_nothing_running(cluster: Cluster) -> None:
+    stream = stream_ids(cluster, prompt_of(60, seed=1), 900)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    quiet(cluster)
+    events = cluster.services["router"].events("request")
+    assert events[-1]["status"] == "cancelled"
+
+
+def test_prefill_that_dies_is_replaced_by_decode_itself(cluster: Cluster, directory: Path) -> None:
+    cluster.kill_one("prefill-0")
+    for seed in (2, 3):
+        check(directory, prompt_of(120, seed), ask(cluster, prompt_of(120, seed)))
+    quiet(cluster)
+    cluster.start_worker("prefill", 0)
+    cluster.services["prefill-0"].wait_event("ready")
+
+
+def test_a_stream_goes_on_when_its_decode_worker_is_killed(cluster: Cluster, directory: Path) -> None:
+    prompt, tokens = prompt_of(50, seed=4), 400
+    expected, _ = greedy(directory, prompt, tokens)
+    got: list[int] = []
+    victim = ""
+    for ids in stream_ids(cluster, prompt, tokens):
+        got += ids
+        if not victim and len(got) >= 3:
+            live = [member for member in status(cluster)["members"] if member["role"] == "decode" and member["sequences_live"]]
+            victim = live[0]["id"]
+            cluster.kill_one(victim)
+    assert got == expected
+    cluster.start_worker("decode", int(victim[-1]))
+    cluster.services[victim].wait_event("ready")
+
+
+def test_a_flipped_bit_on_disk_is_recomputed_and_counted(directory: Path, tmp_path: Path) -> None:
+    prompt = prompt_of(100, seed=5)
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
+        check(directory, prompt, ask(cluster, prompt))
+        settled(cluster, 6)
+        _flip_a_bit(tmp_path / "kv", block=2)
+        answer = ask(cluster, prompt)
+        check(directory, prompt, answer)
+        assert answer.cached_tokens == 2 * BLOCK_TOKENS
+        wait_until(lambda: _corrupt_blocks(cluster) > 0, "the corrupt block counted")
+        request = cluster.services["router"].events("request")[-1]
+        assert "block 2 of 6: corrupt" in request["fallback"]
+
+
+def _flip_a_bit(store: Path, block: int) -> None:
+    """Damages the payload of the slot that was written after `block` others, under the running kvstore."""
+    (segment,) = store.rglob("*.seg")
+    content = segment.read_bytes()
+    first = content.index(b"PNSTKBLK")
+    slot_bytes = content.index(b"PNSTKBLK", first + 1) - first
+    place = first + block * slot_bytes + 4096 + 5
+    with segment.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([content[place] ^ 0x10]))
+        os.fsync(file.fileno())
+
+
+def test_without_a_kvstore_prompts_are_recomputed(directory: Path, tmp_path: Path) -> None:
+    prompt = prompt_of(100, seed=6)
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
+        check(directory, prompt, ask(cluster, prompt))
+        settled(cluster, 6)
+        cluster.kill_one("kvstore")
+        answer = ask(cluster, prompt)
+        check(directory, prompt, answer)
+        assert answer.cached_tokens == 0
+        quiet(cluster)
+
+
+def _corrupt_blocks(cluster: Cluster) -> int:
+    return sum((member.get("store") or {}).get("corrupt_blocks", 0) for member in status(cluster)["members"])
