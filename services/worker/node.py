@@ -9,7 +9,6 @@ Life of a node (`serve_worker`):
 """
 
 import asyncio
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -19,9 +18,11 @@ from typing import Protocol
 import grpc.aio
 import msgspec
 from prometheus_client import start_http_server
+from transformers.utils import logging as transformers_logging
 
 from common import rpc, tracing
 from common.logs import Log
+from common.machine import memory_bytes
 from common.membership import Announcer, MemberLoad, MemberRecord
 from common.pb import worker_pb2 as pb
 from common.settings import shown
@@ -83,8 +84,7 @@ class Node:
         )
         self.context_tokens = engine.context_tokens
         self.engine = EngineLoop(engine, self._on_step, name=f"{role}-engine")
-        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        slots = stage_slots(model.layout, self.context_tokens, machine_bytes, settings.stage_bytes, SEND_SLOTS)
+        slots = stage_slots(model.layout, self.context_tokens, memory_bytes(), settings.stage_bytes, SEND_SLOTS)
         self.stage = Stage(slots, model.layout.bytes_per_block)
         self.send_slots = SlotPool(self.stage.reserve(SEND_SLOTS))
         self.transports = TransportPool(self.stage.region, prefer=settings.transport)
@@ -188,6 +188,7 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
 
 
 def _load(settings: WorkerSettings) -> LoadedModel:
+    transformers_logging.disable_progress_bar()  # ours are events of the log
     shown_percent = -1
 
     def on_progress(done: int, total: int) -> None:

@@ -159,6 +159,8 @@ class Cluster:
 
     def start_kvstore(self) -> None:
         flags = [
+            "--id",
+            "kvstore",
             "--data",
             str(self.data / "kv"),
             "--run-dir",

@@ -8,13 +8,14 @@ The pool starts zeroed and never keeps a non-finite value past its sequence (`sc
 keys it must not see, but a masked NaN in `v` would still spread.
 """
 
-import os
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from common.kv_layout import KvLayout
+from common.machine import memory_bytes
 
 # A worker shares its machine with three others and the page cache that serves the SSD.
 MEMORY_SHARE = 1 / 8
@@ -74,7 +75,7 @@ class BlockPool:
     def __init__(self, layout: KvLayout, blocks: int, device: torch.device | str = "cpu") -> None:
         shape = (blocks, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
         self.layout = layout
-        self.tensor = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
+        self.tensor = _zeros(shape, DTYPES[layout.dtype], torch.device(device))
         self.allocator = BlockAllocator(blocks)
         self._records = self.tensor.view(blocks, -1).view(torch.uint8)  # [block, bytes_per_block]
         assert self._records.shape[1] == layout.bytes_per_block
@@ -114,6 +115,14 @@ class BlockPool:
             self.tensor[torch.tensor(block_ids, device=self.tensor.device)] = 0
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; in host memory the kernel's own zero pages, so that only blocks that are used take memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    plain = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(plain).view(dtype).view(shape)
+
+
 def pool_blocks(layout: KvLayout, pool_bytes: int, context_tokens: int, sequences_max: int, device: torch.device) -> int:
     """How many blocks fit `pool_bytes`; 0 chooses: a share of the memory, and no more than the batch can fill."""
     wanted = sequences_max * blocks_for(context_tokens, layout.block_tokens)
@@ -128,4 +137,4 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         # The pool takes most of what the weights left.
         return int(torch.cuda.mem_get_info(device)[0] * 0.85 / MEMORY_SHARE)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory_bytes()
