@@ -115,7 +115,7 @@ class BlockPool:
             self.tensor[torch.tensor(block_ids, device=self.tensor.device)] = 0
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; in host memory the kernel's own zero pages, so that only blocks that are used take memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
