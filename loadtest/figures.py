@@ -64,6 +64,7 @@ def summarize(samples: Sequence[Sample]) -> Summary:
     begin = min((sample.sent_s for sample in samples), default=0.0)
     window = max((sample.sent_s + sample.total_s for sample in samples), default=0.0) - begin
     everything = group("all", finished)
+    of_kind = {kind: [sample for sample in finished if sample.kind == kind] for kind in kinds(finished)}
     return Summary(
         window_s=round(window, 3),
         finished=len(finished),
@@ -74,9 +75,9 @@ def summarize(samples: Sequence[Sample]) -> Summary:
         output_tokens_per_s=_rate(everything.output_tokens, window),
         prompt_tokens_per_s=_rate(everything.prompt_tokens, window),
         all=everything,
-        kinds=groups(finished, lambda sample: sample.kind),
+        kinds=[group(kind, own) for kind, own in of_kind.items()],
         routes=groups(finished, lambda sample: sample.route or "-"),
-        turns={kind: _turns([sample for sample in finished if sample.kind == kind]) for kind in kinds(finished)},
+        turns={kind: _turns(own) for kind, own in of_kind.items()},
     )
 
 

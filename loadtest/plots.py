@@ -14,7 +14,8 @@ from loadtest.samples import Sample
 COLOURS = {"chat": "#2563eb", "agent": "#ea7317"}
 BINS_MAX = 60
 DPI = 130
-STYLE_GREY = "#64748b"
+GREY, INK = "#64748b", "#0f172a"
+WIDE = 20  # from so many times the smallest time on, the axis is logarithmic
 
 
 class Plot(msgspec.Struct, frozen=True):
@@ -64,21 +65,21 @@ def _plot(name: str, title: str, caption: str, draw: Callable[[Axes], None]) -> 
 def _ttft_time(axes: Axes, done: Sequence[Sample]) -> None:
     for kind, own in _by_kind(done):
         axes.scatter([s.sent_s for s in own], [s.chunk_s[0] * 1e3 for s in own], s=14, alpha=0.7, color=COLOURS[kind], label=kind)
-    axes.set(xlabel="time [s]", ylabel="TTFT [ms]", yscale="log")
+    axes.set(xlabel="time [s]", ylabel="TTFT [ms]")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")
 
 
 def _cdf(axes: Axes, done: Sequence[Sample], time_s: Callable[[Sample], float | None], label: str) -> None:
-    for kind, own in _by_kind(done):
-        values = sorted(value * 1e3 for value in map(time_s, own) if value is not None)
+    measured = [(kind, [value * 1e3 for value in map(time_s, own) if value]) for kind, own in _by_kind(done)]
+    for kind, values in measured:
         if values:
             axes.ecdf(values, color=COLOURS[kind], linewidth=1.8, label=f"{kind} (n = {len(values)})")
+    everything = [value for _, values in measured for value in values]
     axes.set(xlabel=label, ylabel="share of requests", ylim=(0, 1.02))
-    axes.set_xscale("log" if axes.lines and axes.get_xlim()[0] >= 0 and _wide(axes) else "linear")
-
-
-def _wide(axes: Axes) -> bool:
-    low, high = axes.dataLim.intervalx
-    return bool(low > 0 and high > 20 * low)
+    if everything and max(everything) > WIDE * min(everything):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,g}")
 
 
 def _throughput(axes: Axes, done: Sequence[Sample]) -> None:
@@ -93,13 +94,14 @@ def _throughput(axes: Axes, done: Sequence[Sample]) -> None:
     centres = [(index + 0.5) * bin_s for index in range(count)]
     axes.bar(centres, computed, bin_s * 0.9, color="#fda4af", label="prompt, computed")
     axes.bar(centres, cached, bin_s * 0.9, bottom=computed, color="#a7f3d0", label="prompt, cached")
-    axes.set(xlabel="time [s]", ylabel="prompt tokens / s", ylim=(0, 1.25 * max(map(sum, zip(cached, computed, strict=True)))))
+    highest = max(map(sum, zip(cached, computed, strict=True)))
+    axes.set(xlabel="time [s]", ylabel="prompt tokens / s", ylim=(0, 1.25 * (highest or 1)))
     right = axes.twinx()
-    right.plot(centres, output, color=COLOURS["chat"], linewidth=1.8)
-    right.set(ylim=(0, 1.25 * max(output)))
-    right.set_ylabel("output tokens / s", color=COLOURS["chat"])
+    right.plot(centres, output, color=INK, linewidth=1.4)
+    right.set(ylim=(0, 1.25 * (max(output) or 1)))
+    right.set_ylabel("output tokens / s", color=INK)
     right.spines["top"].set_visible(False)
-    axes.plot([], [], color=COLOURS["chat"], linewidth=1.8, label="output (right axis)")
+    axes.plot([], [], color=INK, linewidth=1.4, label="output (right axis)")
 
 
 def _hits_time(axes: Axes, done: Sequence[Sample]) -> None:
@@ -133,9 +135,11 @@ def _ttft_prompt(axes: Axes, done: Sequence[Sample]) -> None:
     for kind, own in _by_kind(done):
         x, y = [s.prompt_tokens for s in own], [s.chunk_s[0] * 1e3 for s in own]
         dots = axes.scatter(x, y, c=[s.cached_share for s in own], cmap="viridis", vmin=0, vmax=1, s=18, marker=marks[kind])
-        axes.scatter([], [], color=STYLE_GREY, marker=marks[kind], s=18, label=kind)
+        axes.scatter([], [], color=GREY, marker=marks[kind], s=18, label=kind)
     axes.figure.colorbar(dots, ax=axes, label="cached share")
-    axes.set(xlabel="prompt tokens", ylabel="TTFT [ms]", yscale="log")
+    axes.set(xlabel="prompt tokens", ylabel="TTFT [ms]")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")
 
 
 def _by_kind(done: Sequence[Sample]) -> list[tuple[str, list[Sample]]]:

@@ -76,9 +76,11 @@ class Answer:
             return
         self.usage = event.get("usage") or self.usage
         for choice in event["choices"]:
-            self.chunk_s.append(now - self.began)
+            text = (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
+            if text or choice.get("token_ids") or choice.get("finish_reason"):  # some servers begin with a role alone
+                self.chunk_s.append(now - self.began)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            self.text += (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
+            self.text += text
 
     def _refused(self, response: httpx.Response) -> None:
         content = response.read()
