@@ -36,12 +36,17 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("reports"), [*finished(), *unfinished()])
+
+
 def written(tmp_path: Path, samples: list[Sample]) -> Path:
     return report.write(tmp_path, RUN, summarize(samples), samples)
 
 
-def test_the_page_holds_its_plots_and_needs_nothing_else(tmp_path: Path) -> None:
-    text = (written(tmp_path, [*finished(), *unfinished()]) / "report.html").read_text()
+def test_the_page_holds_its_plots_and_needs_nothing_else(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
     page = Page()
     page.feed(text)
     assert page.open == [] and len(page.addresses) == 7
@@ -49,16 +54,15 @@ def test_the_page_holds_its_plots_and_needs_nothing_else(tmp_path: Path) -> None
     assert "@import" not in text and "url(" not in text
 
 
-def test_what_a_server_said_is_shown_and_not_run(tmp_path: Path) -> None:
-    text = (written(tmp_path, [*finished(), *unfinished()]) / "report.html").read_text()
+def test_what_a_server_said_is_shown_and_not_run(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
     assert "&lt;script&gt;x&lt;/script&gt;" in text and "<script" not in text
 
 
-def test_the_csv_has_a_row_per_request_with_what_was_measured(tmp_path: Path) -> None:
-    samples = [*finished(), *unfinished()]
-    with (written(tmp_path, samples) / "requests.csv").open() as file:
+def test_the_csv_has_a_row_per_request_with_what_was_measured(folder: Path) -> None:
+    with (folder / "requests.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(samples) and tuple(rows[0]) == report.COLUMNS
+    assert len(rows) == 10 and tuple(rows[0]) == report.COLUMNS
     second, single, refused = rows[1], rows[5], rows[6]
     assert (second["ttft_ms"], second["tpot_ms"], second["gap_max_ms"]) == ("50.000", "30.000", "40.000")
     assert (second["cached_tokens"], second["route"], second["request_id"]) == ("128", "direct", "load-0-2")
@@ -66,8 +70,8 @@ def test_the_csv_has_a_row_per_request_with_what_was_measured(tmp_path: Path) ->
     assert (refused["outcome"], refused["status"], refused["ttft_ms"]) == ("refused", "429", "")
 
 
-def test_the_summary_says_how_the_run_was_made(tmp_path: Path) -> None:
-    kept = json.loads((written(tmp_path, finished()) / "summary.json").read_text())
+def test_the_summary_says_how_the_run_was_made(folder: Path) -> None:
+    kept = json.loads((folder / "summary.json").read_text())
     assert kept["run"]["target"]["model"] == "tiny" and kept["run"]["settings"]["seed"] == 7
     assert kept["summary"]["kinds"][0]["name"] == "chat" and kept["summary"]["all"]["hit_rate"] == 0.5953
 
@@ -79,7 +83,7 @@ def test_a_test_without_results_has_a_report_without_plots(tmp_path: Path, sampl
 
 
 def test_two_tests_of_one_second_get_a_folder_each(tmp_path: Path) -> None:
-    first, second = written(tmp_path, finished()), written(tmp_path, finished())
+    first, second = written(tmp_path, []), written(tmp_path, [])
     assert second.name == f"{first.name}-2" and re.fullmatch(r"\d{8}-\d{6}", first.name)
 
 
