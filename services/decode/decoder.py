@@ -181,8 +181,8 @@ class Decoder:
 
     def _news(self, live: Live, step: SequenceStep) -> None:
         assert live.chain is not None
-        if step.started:
-            waited = time.perf_counter() - live.submitted
+        if step.started_at is not None:
+            waited = step.started_at - live.submitted
             live.report.queue_s += waited
             tracing.record("queue", waited, live.request.traceparent)
         if step.preempted:

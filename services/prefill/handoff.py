@@ -6,6 +6,7 @@ when decode has verified it. Any failure ends the hand-off, and with it the run.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 from common.errors import LeaseRejected, TransferFailed
@@ -44,6 +45,7 @@ class Handoff:
         self.blocks = -(-self._tokens // parts.block_tokens)
         self.sent_blocks = request.present_blocks
         self.sent_bytes = 0
+        self.sending_s = 0.0  # of the byte plane, overlapped with compute
         self.carrier = ""
         self._staged: Sequence[int] = ()
         self._staged_sent: Callable[[], None] | None = None
@@ -103,6 +105,7 @@ class Handoff:
 
     async def _write(self, blocks: range, spans: Sequence[Span]) -> None:
         size = self._in.stage.bytes_per_slot
+        began = time.perf_counter()
         transport = self._in.transports.transport(self._stage_lease.endpoint)
         statuses = await transport.write(
             self._stage_lease.token, [Part(block, 0, size) for block in blocks], spans, deadline_s=SEND_DEADLINE_S
@@ -112,6 +115,7 @@ class Handoff:
                 raise LeaseRejected(f"decode refused block {block}: the stage lease is gone")
             if status is not PartStatus.OK:
                 raise TransferFailed(f"block {block} did not reach decode: {status.name.lower()}")
+        self.sending_s += time.perf_counter() - began
         self.carrier = transport.carrier
         self.sent_blocks = blocks.stop
         self.sent_bytes += len(blocks) * size

@@ -121,8 +121,8 @@ class Runner:
         """Hands blocks over as the engine fills them, until the first token is there and everything is sent."""
         while True:
             step = await steps.get()
-            if step.started:
-                report.queue_s = time.perf_counter() - began
+            if step.started_at is not None:
+                report.queue_s = step.started_at - began
                 tracing.record("queue", report.queue_s, tracing.traceparent())
             if step.error is not None:
                 raise step.error
@@ -134,7 +134,9 @@ class Runner:
         tracing.record("prefill", report.prefill_s, tracing.traceparent(), tokens=len(request.prompt))
         sending = time.perf_counter()
         await handoff.finish()
-        tracing.record("handoff", time.perf_counter() - sending, tracing.traceparent(), bytes=handoff.sent_bytes)
+        parent = tracing.traceparent()
+        tracing.record("handoff", time.perf_counter() - sending, parent)  # what was left to send after the first token
+        tracing.record("transfer", handoff.sending_s, parent, bytes=handoff.sent_bytes, carrier=handoff.carrier)
         report.carrier, report.bytes_prefill_to_decode = handoff.carrier, handoff.sent_bytes
         return PrefillProgress(handoff.blocks, step.tokens[0], step.finish, step.stop_token, report)
 

@@ -200,6 +200,8 @@ class Engine:
 
     def _load_kv(self, plan: Plan) -> None:
         for sequence in plan.admitted:
+            if not sequence.preemptions:
+                sequence.admitted_at = time.perf_counter()
             if sequence.kv is None:
                 continue
             try:
@@ -221,10 +223,10 @@ class Engine:
 
     def _advance(self, chunk: Chunk, sampled: Sampled | None) -> SequenceStep | None:
         sequence = chunk.sequence
-        started, sequence.started = not sequence.started, True
+        started_at, sequence.admitted_at = sequence.admitted_at, None
         if sampled is None:
             sequence.computed = chunk.end
-            return SequenceStep(sequence.id, computed=chunk.end, started=started)
+            return SequenceStep(sequence.id, computed=chunk.end, started_at=started_at)
         if sampled.token is None:
             self._fail(sequence, Internal("the model gave logits that are not finite"), scrub=True)
             return None
@@ -235,7 +237,7 @@ class Engine:
         if finish is not None:
             self._end(sequence, keep_blocks=sequence.hold)
         return SequenceStep(
-            sequence.id, tokens=(sampled.token,), computed=chunk.end, finish=finish, stop_token=stop_token, started=started
+            sequence.id, tokens=(sampled.token,), computed=chunk.end, finish=finish, stop_token=stop_token, started_at=started_at
         )
 
     def _finish_of(self, sequence: Sequence, token: Token) -> tuple[FinishReason | None, int | None]:

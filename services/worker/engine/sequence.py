@@ -49,8 +49,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "blocks", "computed", "hold", "id", "kv", "penalties", "phase", "preemptions", "prompt_tokens",
-        "row", "row_blocks", "sampling", "started", "stop_after_prefill", "stop_ids", "tokens",
+        "admitted_at", "arrival", "blocks", "computed", "hold", "id", "kv", "penalties", "phase", "preemptions", "prompt_tokens",
+        "row", "row_blocks", "sampling", "stop_after_prefill", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, arrival: int) -> None:
@@ -70,7 +70,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.row: int | None = None
         self.row_blocks = 0
-        self.started = False
+        self.admitted_at: float | None = None  # of the first admission, until it is reported
         self.preemptions = 0
         self.penalties: Any = None
 

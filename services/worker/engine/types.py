@@ -74,7 +74,7 @@ class SequenceStep(msgspec.Struct, frozen=True):
         stop_token: the stop or eos token that ended it; it is also the last of `tokens`.
         error: why the sequence was given up, with finish = ERROR.
         preempted: the sequence lost its pool blocks in this step and will recompute.
-        started: first step since it was admitted (queueing ends here).
+        started_at: with its first step, `time.perf_counter()` when it was admitted: queueing ended then.
     """
 
     id: str
@@ -84,7 +84,7 @@ class SequenceStep(msgspec.Struct, frozen=True):
     stop_token: int | None = None
     error: PenstockError | None = None
     preempted: bool = False
-    started: bool = False
+    started_at: float | None = None
 
 
 class EngineLoad(msgspec.Struct, frozen=True):

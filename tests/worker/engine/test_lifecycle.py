@@ -50,7 +50,7 @@ def test_max_tokens_counts_tokens_generated_elsewhere(llama) -> None:
 def test_each_step_says_how_many_tokens_are_computed_and_when_the_sequence_started(llama) -> None:
     outcome = run_one(make_engine(llama.loaded, step_tokens_max=16), make_prompt(40), greedy(3, ignore_eos=True))
     assert [step.computed for step in outcome.steps] == [16, 32, 40, 41, 42]
-    assert [step.started for step in outcome.steps] == [True, False, False, False, False]
+    assert [step.started_at is not None for step in outcome.steps] == [True, False, False, False, False]
     assert [len(step.tokens) for step in outcome.steps] == [0, 0, 1, 1, 1]
 
 
