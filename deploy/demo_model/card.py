@@ -96,7 +96,8 @@ The weights themselves are under this repository's licence.
 
 Whole files are documents. Functions of the library proper (not of its tests) are also taken apart into conversations: the instruction is
 the signature with its docstring, or a sentence made from the docstring's first paragraph; the answer is the body, or the whole function. They
-appear alone, in runs of 2 to 5 turns, and as one long conversation per file. About one file in 20, chosen by a hash of its path, is held
+appear alone, in runs of 2 to 5 turns, and as one long conversation per file; in the longer ones the user now and then asks for an earlier
+function again ("Show me `name` again."), which is answered with a copy. About one file in 20, chosen by a hash of its path, is held
 out with all its functions; a function that also occurs in a training file is left out of the held-out conversations.
 
 | text | training documents | training tokens | held-out documents | held-out tokens |

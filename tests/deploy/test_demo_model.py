@@ -2,6 +2,7 @@
 
 import ast
 import json
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -206,6 +207,16 @@ def test_long_files_make_one_long_conversation_and_every_function_appears_in_it(
     for chat in chats:
         roles = [message.role for message in chat if message.role != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def test_asked_for_an_earlier_function_again_the_answer_is_that_function() -> None:
+    functions = corpus.functions(Path(ast.__file__).read_text())
+    whole = {function.whole.rstrip() for function in functions}
+    longest = max(phrasing.conversations(functions, Random(0)), key=len)
+    again = tuple(text.split("{}")[0] for text in phrasing.ASK_AGAIN)
+    recalls = [reply.content for asked, reply in pairwise(longest) if asked.role == "user" and asked.content.startswith(again)]
+    assert recalls
+    assert whole.issuperset(recalls)
 
 
 @pytest.mark.parametrize(
