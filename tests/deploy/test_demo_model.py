@@ -276,6 +276,22 @@ def test_rows_are_full_and_a_long_document_goes_on_in_the_next_row() -> None:
             assert int((row == document).sum()) <= len(data.document(document))
 
 
+def test_a_row_with_a_repeat_holds_one_of_its_passages_twice_and_keeps_its_length() -> None:
+    rng = Random(0)
+    for _ in range(200):
+        row = np.arange(64, dtype=np.uint16)
+        (made,) = dataset.with_repeats(iter([row.copy()]), 1.0, rng)
+        changed = np.flatnonzero(made != row)
+        assert len(made) == 64 and len(changed) == dataset.REPEAT_TOKENS_MIN
+        assert np.array_equal(np.diff(made[changed]), np.ones(len(changed) - 1))
+        assert int(made[changed[-1]]) < int(changed[0])
+
+
+def test_rows_stay_as_they_are_where_no_repeats_are_asked_for() -> None:
+    row = np.arange(64, dtype=np.uint16)
+    assert np.array_equal(next(dataset.with_repeats(iter([row.copy()]), 0.0, Random(0))), row)
+
+
 def test_a_dataset_comes_back_from_its_file(tmp_path: Path) -> None:
     data = tokens_of([3, 4])
     dataset.save(data, tmp_path / "corpus.npz")
