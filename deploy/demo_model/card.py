@@ -175,11 +175,19 @@ Loss by position, over those held-out files that fill the context (what stands w
     if facts.repeat is None:
         return [by_position]
     first, again = facts.repeat
-    copies = "it copies" if again < first / 2 else "it hardly copies, so prompt-lookup speculation finds little to accept here"
+    copies = _copying(again / first)
     return [
         by_position,
         f"A held-out passage of 1,024 tokens has a loss of {first:.3f}, and {again:.3f} when it comes again at once: {copies}.\n",
     ]
+
+
+def _copying(share_left: float) -> str:
+    if share_left < 0.3:
+        return "it copies"
+    if share_left < 0.8:
+        return "it copies with mistakes, so prompt-lookup speculation has some of its drafts accepted"
+    return "it hardly copies, so prompt-lookup speculation finds little to accept here"
 
 
 def _samples(facts: Facts) -> str:
