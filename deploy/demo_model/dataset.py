@@ -4,6 +4,7 @@
 2. `load` gives it back; nothing after that reads Python source.
 3. `rows` packs documents into rows of a fixed length. A row starts with the start of a document, unless it goes on with one too
    long for the row before; what is cut off a short document at a row's end is left out until another epoch cuts elsewhere.
+4. `with_repeats` writes a passage a second time into some rows: unlike the library's own text, that can't be learned by heart.
 """
 
 import json
@@ -21,6 +22,7 @@ from deploy.demo_model import tokenizer as wording
 
 LIBRARY, TEST, CHAT = 0, 1, 2
 KINDS = ("library source", "test source", "conversations")
+REPEAT_TOKENS_MIN = 16
 
 
 class Dataset(NamedTuple):
@@ -121,3 +123,14 @@ def forever(dataset: Dataset, documents: list[int], row_tokens: int, rng: Random
     """`rows`, epoch after epoch, each in another order. The documents must fill at least one row."""
     while True:
         yield from rows(dataset, documents, row_tokens, rng)
+
+
+def with_repeats(packed: Iterator[NDArray[np.uint16]], share: float, rng: Random) -> Iterator[NDArray[np.uint16]]:
+    """`share` of the rows with one of their passages, a quarter of the row at most, copied over what stands further on."""
+    for row in packed:
+        if rng.random() < share:
+            length = rng.randint(min(REPEAT_TOKENS_MIN, len(row) // 4), len(row) // 4)
+            start = rng.randint(0, len(row) - 2 * length)
+            again = rng.randint(start + length, len(row) - length)
+            row[again : again + length] = row[start : start + length]
+        yield row

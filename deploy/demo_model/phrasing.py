@@ -12,6 +12,7 @@ from deploy.demo_model.corpus import Function
 
 SYSTEM_SHARE = 0.3
 FINAL_NEWLINE_SHARE = 0.2  # of requests; chat clients mostly strip it, curl lines mostly do not
+RECALL_SHARE = 0.35  # of the turns of a longer conversation; they teach the model to copy from far back in its context
 TURNS_MIN, TURNS_MAX = 2, 5
 LONG_CHARS_MAX = 24_000  # about 8,000 tokens, the context that is trained
 SUMMARY_CHARS_MAX = 240
@@ -32,6 +33,7 @@ ASK_FOR_WHOLE = (
     "Finish this Python function:",
     "Complete the following Python code:",
 )
+ASK_AGAIN = ("Show me `{}` again.", "Repeat the function `{}`.", "What was `{}` again?", "Please write `{}` once more.")
 OPENERS = ("Write a Python function", "Write a function", "Give me a Python function", "I need a Python function")
 _VERBS_TEXT = """
     accept add adjust append apply build calculate call cancel change check clean clear close collect compare compile
@@ -62,7 +64,7 @@ def conversations(functions: list[Function], rng: Random) -> list[Conversation]:
     at = 0
     while at < len(functions):
         turns = rng.randint(TURNS_MIN, TURNS_MAX)
-        runs.append(_conversation(functions[at : at + turns], rng))
+        runs.append(_conversation(functions[at : at + turns], rng, RECALL_SHARE))
         at += turns
     return alone + documented_twice + runs + _long(functions, rng)
 
@@ -126,11 +128,16 @@ def _third_person(verb: str) -> str:
     return verb + "s"
 
 
-def _conversation(functions: list[Function], rng: Random) -> Conversation:
+def _conversation(functions: list[Function], rng: Random, recall_share: float = 0.0) -> Conversation:
+    """A turn for each function and, now and then, one that asks again for what an earlier turn was about."""
     messages = [Message("system", rng.choice(SYSTEMS))] if rng.random() < SYSTEM_SHARE else []
-    for function in functions:
+    for index, function in enumerate(functions):
         asked, answer = exchange(function, rng)
         messages += [Message("user", asked), Message("assistant", answer)]
+        if rng.random() < recall_share:
+            earlier = rng.choice(functions[: index + 1])
+            asked = rng.choice(ASK_AGAIN).format(earlier.name)
+            messages += [Message("user", asked), Message("assistant", earlier.whole.rstrip("\n"))]
     return tuple(messages)
 
 
@@ -145,6 +152,6 @@ def _long(functions: list[Function], rng: Random) -> list[Conversation]:
         batch.append(function)
         chars += len(function.whole) + len(function.docstring) + len(function.signature)
         if chars > LONG_CHARS_MAX:
-            found.append(_conversation(batch, rng))
+            found.append(_conversation(batch, rng, RECALL_SHARE))
             batch, chars = [], 0
-    return [*found, _conversation(batch, rng)] if batch else found
+    return [*found, _conversation(batch, rng, RECALL_SHARE)] if batch else found

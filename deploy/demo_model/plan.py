@@ -30,6 +30,7 @@ class Plan:
     decay_share: float
     weight_decay: float
     dropout: float
+    repeat_share: float
     evaluate_every: int
 
     def for_the_card(self) -> dict[str, Any]:
@@ -79,6 +80,12 @@ def parse(description: str, arguments: list[str] | None = None) -> Plan:
     )
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
+    add(
+        "--repeat-share",
+        type=float,
+        default=0.4,
+        help="share of the rows in which a passage comes twice, to learn copying (default: %(default)s)",
+    )
     add("--evaluate-every", type=int, default=100, help="steps between looks at held-out text (default: %(default)s)")
     given = vars(parser.parse_args(arguments))
     given["row_tokens"] = tuple(given["row_tokens"])

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
 
@@ -181,11 +182,16 @@ def _step(
 def _batches(corpus: data.Dataset, plan: Plan) -> Iterator[torch.Tensor]:
     """[row, token] int64 on the device, the row length changing from step to step: long rows train the long context."""
     training = corpus.select(held_out=False)
-    streams = [data.forever(corpus, training, length, Random(f"{plan.seed} {length}")) for length in plan.row_tokens]
+    streams = [_rows(corpus, training, length, plan) for length in plan.row_tokens]
     while True:
         for length, stream in zip(plan.row_tokens, streams, strict=True):
             stacked = np.stack([next(stream) for _ in range(plan.tokens_per_step // length)]).astype(np.int64)
             yield torch.from_numpy(stacked).to(plan.device, non_blocking=True)
+
+
+def _rows(corpus: data.Dataset, training: list[int], length: int, plan: Plan) -> Iterator[NDArray[np.uint16]]:
+    packed = data.forever(corpus, training, length, Random(f"{plan.seed} {length}"))
+    return data.with_repeats(packed, plan.repeat_share, Random(f"{plan.seed} {length} repeats"))
 
 
 def _optimisers(model: LlamaForCausalLM, plan: Plan) -> list[torch.optim.Optimizer]:

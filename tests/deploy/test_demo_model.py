@@ -2,6 +2,7 @@
 
 import ast
 import json
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -208,6 +209,16 @@ def test_long_files_make_one_long_conversation_and_every_function_appears_in_it(
         assert roles == ["user", "assistant"] * (len(roles) // 2)
 
 
+def test_asked_for_an_earlier_function_again_the_answer_is_that_function() -> None:
+    functions = corpus.functions(Path(ast.__file__).read_text())
+    whole = {function.whole.rstrip() for function in functions}
+    longest = max(phrasing.conversations(functions, Random(0)), key=len)
+    again = tuple(text.split("{}")[0] for text in phrasing.ASK_AGAIN)
+    recalls = [reply.content for asked, reply in pairwise(longest) if asked.role == "user" and asked.content.startswith(again)]
+    assert recalls
+    assert whole.issuperset(recalls)
+
+
 @pytest.mark.parametrize(
     ("summary", "clause"),
     [
@@ -263,6 +274,22 @@ def test_rows_are_full_and_a_long_document_goes_on_in_the_next_row() -> None:
     for row in rows:
         for document in (1, 2, 3, 5):
             assert int((row == document).sum()) <= len(data.document(document))
+
+
+def test_a_row_with_a_repeat_holds_one_of_its_passages_twice_and_keeps_its_length() -> None:
+    rng = Random(0)
+    for _ in range(200):
+        row = np.arange(64, dtype=np.uint16)
+        (made,) = dataset.with_repeats(iter([row.copy()]), 1.0, rng)
+        changed = np.flatnonzero(made != row)
+        assert len(made) == 64 and len(changed) == dataset.REPEAT_TOKENS_MIN
+        assert np.array_equal(np.diff(made[changed]), np.ones(len(changed) - 1))
+        assert int(made[changed[-1]]) < int(changed[0])
+
+
+def test_rows_stay_as_they_are_where_no_repeats_are_asked_for() -> None:
+    row = np.arange(64, dtype=np.uint16)
+    assert np.array_equal(next(dataset.with_repeats(iter([row.copy()]), 0.0, Random(0))), row)
 
 
 def test_a_dataset_comes_back_from_its_file(tmp_path: Path) -> None:
