@@ -7,6 +7,7 @@ leaves, /reset forgets the conversation.
 
 import argparse
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     options = Options(max_tokens=given.max_tokens, temperature=given.temperature)
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history in input())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with ChatClient(url, given.model, given.api_key, options) as client:
         print(f"{client.model} at {url}   ({_HELP})\n")
         return converse(client, given.system)

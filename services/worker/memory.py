@@ -4,7 +4,7 @@ from common.errors import SettingsError
 from common.kv_layout import KvLayout
 
 STAGE_SHARE, STAGE_BYTES_MAX = 40, 8 << 30  # of the machine's memory: it is touched at start
-CONTEXTS_STAGED = 2
+CONTEXTS_STAGED = 4
 STAGE_SLOTS_MIN = 64
 
 

@@ -70,7 +70,8 @@ def test_every_carrier_brings_the_same_bytes(transport: str, tiny: Callable[[str
 def test_sixteen_at_once_in_a_pool_too_small_for_them(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     directory = tiny(family)
     prompts = [prompt_of(20 + 7 * number, seed=number) for number in range(16)]
-    flags = ("--pool-bytes", str(_pool_bytes(directory, blocks=28)), "--step-tokens-max", "64")
+    block = _bytes_per_block(directory)
+    flags = ("--pool-bytes", str(28 * block), "--stage-bytes", str(400 * block), "--step-tokens-max", "64")
     with Cluster(directory, tmp_path, worker_flags=flags, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
         answers = ask_together(cluster, prompts, tokens=60)
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -79,10 +80,10 @@ def test_sixteen_at_once_in_a_pool_too_small_for_them(family: str, tiny: Callabl
         assert sum(event["preemptions"] for event in finished) > 0
 
 
-def _pool_bytes(directory: Path, blocks: int) -> int:
+def _bytes_per_block(directory: Path) -> int:
     from services.worker.model import load_model
 
-    return blocks * load_model(directory, device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS).layout.bytes_per_block
+    return load_model(directory, device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS).layout.bytes_per_block
 
 
 def test_a_prompt_that_ends_with_prefills_token_is_stored_all_the_same(tiny: Callable[[str], Path], tmp_path: Path) -> None:
