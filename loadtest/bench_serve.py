@@ -203,7 +203,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=numbers, default=[1, 8, 32], help="for tokens per second (default: 1,8,32)")
     parser.add_argument("--output-tokens", type=int, default=64, help="per request (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each measurement (default: %(default)s)")
-    parser.add_argument("--router-requests", type=int, default=40, help="pairs for what the router adds (default: %(default)s)")
+    parser.add_argument("--router-requests", type=int, default=128, help="pairs for what the router adds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each engine and of generate; 0: their default")
     parser.add_argument("--skip-generate-ttft", action="store_true", help="don't time generate's own prefill")
     parser.add_argument("--seed", type=int, default=0)

@@ -68,7 +68,9 @@ class Engine:
         block_tokens = model.layout.block_tokens
         blocks = pool_blocks(model.layout, pool_bytes, model.context_tokens, sequences_max, model.device)
         self.context_tokens = min(model.context_tokens, blocks * block_tokens)
-        self.pool = BlockPool(model.layout, blocks, model.device)
+        self.pool = BlockPool(
+            model.layout, blocks, model.device, touched_blocks=min(blocks, blocks_for(self.context_tokens, block_tokens))
+        )
         self._scheduler = Scheduler(
             self.pool.allocator,
             block_tokens,

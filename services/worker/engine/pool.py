@@ -72,10 +72,10 @@ class BlockAllocator:
 class BlockPool:
     """The tensor of all blocks, and copies between it and records in host memory."""
 
-    def __init__(self, layout: KvLayout, blocks: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, layout: KvLayout, blocks: int, device: torch.device | str = "cpu", *, touched_blocks: int = 0) -> None:
         shape = (blocks, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
         self.layout = layout
-        self.tensor = _zeros(shape, DTYPES[layout.dtype], torch.device(device))
+        self.tensor = _zeros(shape, DTYPES[layout.dtype], torch.device(device), touched_blocks * layout.bytes_per_block)
         self.allocator = BlockAllocator(blocks)
         self._records = self.tensor.view(blocks, -1).view(torch.uint8)  # [block, bytes_per_block]
         assert self._records.shape[1] == layout.bytes_per_block
@@ -115,11 +115,16 @@ class BlockPool:
             self.tensor[torch.tensor(block_ids, device=self.tensor.device)] = 0
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; in host memory the kernel's own zero pages, so that only blocks that are used take memory."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, touched_bytes: int) -> torch.Tensor:
+    """Zeros; in host memory the kernel's own zero pages, so that only blocks that are used take memory.
+
+    The first `touched_bytes` are made present now: the allocator hands out low block numbers first, and the first
+    request should not pay for fresh pages (0.1-1 GB/s on virtual machines, docs/benchmarks.md).
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     plain = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    plain[:touched_bytes] = 0
     return torch.from_numpy(plain).view(dtype).view(shape)
 
 
