@@ -125,12 +125,13 @@ def load_model(
 
 def _patch(model: Any) -> bool:
     """Puts the kernels under the model's modules; whether all its matrix products are theirs now."""
-    from services.worker.kernels import patch_linears, patch_mlps, patch_norms
+    from services.worker.kernels import patch_linears, patch_mlps, patch_norms, shares_with_torch
 
     linears, norms, mlps = (len(patch(model)) for patch in (patch_linears, patch_norms, patch_mlps))
     log.info("kernels serve %d linear layers, %d norms, %d gated MLPs", linears, norms, mlps)
     experts = any(parameter.ndim > 2 for parameter in model.parameters())
-    return not experts and linears == sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    all_linears = linears == sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    return all_linears and not experts and not shares_with_torch(model.dtype)
 
 
 def resolve_device(name: str) -> torch.device:

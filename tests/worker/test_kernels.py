@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from services.worker import kernels
 from services.worker.kernels import ops, reference
+from services.worker.kernels.patching import FEW_ROWS
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.BUILD.reason)
 
@@ -186,6 +187,17 @@ def test_patched_linears_give_the_same_results_and_keep_their_weights() -> None:
         first.weight, first.bias = nn.Parameter(torch.zeros(96, 48)), nn.Parameter(torch.zeros(96))
         assert not model(x).any(), "a replaced weight is used"
     assert state.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 64])
+def test_a_patched_bfloat16_linear_agrees_with_torch_whoever_multiplies(rows: int) -> None:
+    torch.manual_seed(10)
+    layer = nn.Linear(256, 96).bfloat16()
+    x = torch.randn(rows, 256).bfloat16()
+    with torch.inference_mode():
+        before = layer(x)
+        assert kernels.patch_linears(layer) == [""]
+        assert_near(layer(x), before)
 
 
 def test_patched_linears_still_train() -> None:

@@ -14,7 +14,7 @@ from services.worker.kernels.ops import (
     set_threads,
     silu_mul,
 )
-from services.worker.kernels.patching import patch_linears, patch_mlps, patch_norms
+from services.worker.kernels.patching import patch_linears, patch_mlps, patch_norms, shares_with_torch
 
 __all__ = [
     "BUILD",
@@ -27,5 +27,6 @@ __all__ = [
     "patch_norms",
     "rms_norm",
     "set_threads",
+    "shares_with_torch",
     "silu_mul",
 ]

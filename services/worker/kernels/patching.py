@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from services.worker.kernels import ops
 
 DTYPES = (torch.bfloat16, torch.float32)
+# With few rows a product is the reading of its weights: ours read at 28-34 GB/s where torch's bfloat16 path reads at
+# 13-21 (docs/benchmarks.md); from 8 rows on torch's matrix instructions win.
+FEW_ROWS = 4
 
 
 def patch_linears(model: nn.Module) -> list[str]:
     """Let every plain CPU `nn.Linear` call `ops.linear`; the names of those that now do.
 
-    Subclasses (quantised, LoRA) keep their own forward. Nothing is patched without compiled kernels, nor in bfloat16 where torch
-    has matrix instructions of its own for it (AVX512 and later), which then are faster than ours.
+    Subclasses (quantised, LoRA) keep their own forward. Nothing is patched without compiled kernels. In bfloat16 where torch has
+    matrix instructions of its own (AVX512 and later), ours take the products of at most `FEW_ROWS` rows only.
     """
     if not ops.available():
         return []
@@ -32,10 +35,9 @@ def _patch(module: nn.Linear) -> bool:
     weight = module.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES or not weight.is_contiguous():
         return False
-    if weight.dtype == torch.bfloat16 and torch_is_fast_in_bfloat16():
-        return False
+    forward = _forward_few_rows if shares_with_torch(weight.dtype) else _forward
     # Through the dictionary: `module.weight` costs a slow attribute look-up, a captured tensor would outlive its replacement.
-    vars(module)["forward"] = partial(_forward, module._parameters)
+    vars(module)["forward"] = partial(forward, module._parameters)
     return True
 
 
@@ -111,12 +113,20 @@ def _mlp_forward(module: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def torch_is_fast_in_bfloat16() -> bool:
-    """Whether oneDNN takes bfloat16 products on this CPU instead of torch's reference path."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def shares_with_torch(dtype: torch.dtype) -> bool:
+    """Whether products of many rows are left to torch: oneDNN has instructions for them on this CPU."""
+    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _forward(parameters: Mapping[str, nn.Parameter | None], x: Tensor) -> Tensor:
     weight = parameters["weight"]
     assert weight is not None
     return ops.linear(x, weight, parameters["bias"])
+
+
+def _forward_few_rows(parameters: Mapping[str, nn.Parameter | None], x: Tensor) -> Tensor:
+    weight = parameters["weight"]
+    assert weight is not None
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        return ops.linear(x, weight, parameters["bias"])
+    return nn.functional.linear(x, weight, parameters["bias"])
