@@ -1,4 +1,4 @@
-"""A real cluster for tests: nats-server, kvstore, prefill, decode and router as processes on loopback.
+"""A real cluster for tests: kvstore, prefill, decode and router as processes on loopback, with static peers.
 
 Every port is 0 and every service says its addresses in its `ready` event. Nothing outlives `stop`.
 """
@@ -195,9 +195,10 @@ class Cluster:
         ready = self.services["router"].wait_event("ready")
         self.url, self.addresses["router"] = ready["http"], ready["grpc"]
 
-    def restart(self) -> None:
-        """Stops every process and starts it anew on the same data."""
+    def restart(self, *, transport: str = "") -> None:
+        """Stops every process and starts it anew on the same data, over another transport if one is named."""
         self.stop()
+        self.transport = transport or self.transport
         self.start()
 
     def kill_one(self, name: str) -> None:

@@ -15,8 +15,13 @@ def model_of(directory: Path) -> PreTrainedModel:
 
 def greedy(directory: Path, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[float]]:
     """The next `tokens` token ids (fewer when an end-of-sequence token comes) and their log-probabilities."""
+    return _greedy(directory, tuple(prompt), tokens)
+
+
+@lru_cache(maxsize=256)
+def _greedy(directory: Path, prompt: tuple[int, ...], tokens: int) -> tuple[list[int], list[float]]:
     model = model_of(directory)
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = model.generate(
             ids,

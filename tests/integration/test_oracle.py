@@ -27,57 +27,60 @@ def full_blocks(tokens: int) -> int:
 
 
 @pytest.mark.parametrize("family", CORE_FAMILIES)
-def test_a_family_fresh_after_a_restart_and_from_every_prefix(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_family_fresh_crowded_from_every_prefix_after_restarts_and_over_every_carrier(
+    family: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     directory = tiny(family)
-    lengths = (3, BLOCK_TOKENS, 35, 90)
-    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
-        for tokens in lengths:
-            answer = ask(cluster, prompt_of(tokens))
-            check(directory, prompt_of(tokens), answer)
-            assert answer.cached_tokens == 0
-        settled(cluster, sum(full_blocks(tokens) for tokens in lengths))
-        cluster.restart()
-        for tokens in lengths:
-            answer = ask(cluster, prompt_of(tokens))
-            check(directory, prompt_of(tokens), answer)
-            assert answer.cached_tokens == (tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-        base = prompt_of(90)
-        for shared in (31, 32, 33, 47, 48, 49):  # every offset around a block's border, tails for decode and for prefill
-            for tail in (2, 50):
-                prompt = base[:shared] + prompt_of(tail, seed=shared + 1)
-                answer = ask(cluster, prompt)
-                check(directory, prompt, answer)
-                assert answer.cached_tokens >= shared // BLOCK_TOKENS * BLOCK_TOKENS
-
-
-@pytest.mark.parametrize("transport", ["shm", "tcp", "grpc"])
-def test_every_carrier_brings_the_same_bytes(transport: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    directory = tiny("qwen3")
-    with Cluster(directory, tmp_path, transport=transport, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
-        check(directory, prompt_of(200), ask(cluster, prompt_of(200)))
-        settled(cluster, full_blocks(200))
-        for tail in (3, 60):  # direct, then storage -> prefill
-            prompt = prompt_of(200)[:96] + prompt_of(tail, seed=9)
-            check(directory, prompt, ask(cluster, prompt))
-        answer = ask(cluster, prompt_of(200))
-        check(directory, prompt_of(200), answer)
-        assert answer.cached_tokens == 192
-        finished = cluster.services["router"].events("request")
-        assert {event["carrier"] for event in finished if event["cached_tokens"]} == {transport}
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_sixteen_at_once_in_a_pool_too_small_for_them(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    directory = tiny(family)
-    prompts = [prompt_of(20 + 7 * number, seed=number) for number in range(16)]
     block = _bytes_per_block(directory)
+    # A pool too small for sixteen requests at once.
     flags = ("--pool-bytes", str(28 * block), "--stage-bytes", str(400 * block), "--step-tokens-max", "64")
-    with Cluster(directory, tmp_path, worker_flags=flags, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
-        answers = ask_together(cluster, prompts, tokens=60)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            check(directory, prompt, answer, tokens=60)
-        finished = cluster.services["router"].events("request")
-        assert sum(event["preemptions"] for event in finished) > 0
+    with Cluster(
+        directory, tmp_path, transport="shm", worker_flags=flags, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS
+    ) as cluster:
+        fresh(cluster, directory)
+        crowded(cluster, directory)
+        for transport in ("shm", "tcp", "grpc"):
+            if transport != cluster.transport:
+                cluster.restart(transport=transport)
+            stored(cluster, directory)
+            finished = cluster.services["router"].events("request")
+            assert {event["carrier"] for event in finished if event["cached_tokens"]} == {transport}
+
+
+LENGTHS = (3, BLOCK_TOKENS, 35, 90)
+
+
+def fresh(cluster: Cluster, directory: Path) -> None:
+    """Prompts never seen; ends when their blocks are on SSD."""
+    for tokens in LENGTHS:
+        answer = ask(cluster, prompt_of(tokens))
+        check(directory, prompt_of(tokens), answer)
+        assert answer.cached_tokens == 0
+    settled(cluster, sum(full_blocks(tokens) for tokens in LENGTHS))
+
+
+def crowded(cluster: Cluster, directory: Path) -> None:
+    """Sixteen at once, of which some lose their memory on the way."""
+    prompts = [prompt_of(20 + 7 * number, seed=number) for number in range(16)]
+    answers = ask_together(cluster, prompts, tokens=60)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        check(directory, prompt, answer, tokens=60)
+    assert sum(event["preemptions"] for event in cluster.services["router"].events("request")) > 0
+
+
+def stored(cluster: Cluster, directory: Path) -> None:
+    """The prompts of `fresh` again, and every offset around a block's border with tails for decode and for prefill."""
+    for tokens in LENGTHS:
+        answer = ask(cluster, prompt_of(tokens))
+        check(directory, prompt_of(tokens), answer)
+        assert answer.cached_tokens == (tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    base = prompt_of(90)
+    for shared in (31, 32, 33, 47, 48, 49):
+        for tail in (2, 50):
+            prompt = base[:shared] + prompt_of(tail, seed=shared + 1)
+            answer = ask(cluster, prompt)
+            check(directory, prompt, answer)
+            assert answer.cached_tokens >= shared // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def _bytes_per_block(directory: Path) -> int:
