@@ -52,6 +52,11 @@ class MemberLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_tokens_per_s: float = 0.0
     read_bytes_per_s: float = 0.0
     read_queue_bytes: int = 0
+    peer_read_bytes_per_s: float = 0.0
+    peer_read_queue_bytes: int = 0
+    peer_write_bytes_per_s: float = 0.0
+    peer_write_queue_bytes: int = 0
+    queued_tokens: int = 0
 
 
 class MemberRecord(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -4,10 +4,12 @@ Decoding checks bounds: a message from another process is outside input.
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 from common.errors import InvalidRequest
 from common.generation import LOGPROBS_MAX, Sampling, Token
 from common.pb import worker_pb2 as pb
+from common.routes import Leg, Order
 from common.transport.interface import TOKEN_BYTES, Endpoint, LeaseToken
 
 
@@ -65,3 +67,13 @@ def lease_token(raw: bytes) -> LeaseToken:
     if len(raw) != TOKEN_BYTES:
         raise InvalidRequest(f"lease token of {len(raw)} bytes: must be {TOKEN_BYTES}")
     return LeaseToken(raw)
+
+
+def legs_to_pb(legs: Iterable[Leg]) -> list[pb.Leg]:
+    return [
+        pb.Leg(first_block=leg.first_block, last_block=leg.last_block, source=pb.Source.Value(leg.source.upper())) for leg in legs
+    ]
+
+
+def order_to_pb(order: Order) -> pb.Order:
+    return cast(pb.Order, pb.Order.Value(order.upper()))

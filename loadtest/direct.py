@@ -50,7 +50,7 @@ class DirectDecode:
             request_id=uuid.uuid4().hex,
             token_ids=prompt,
             sampling=sampling_to_pb(Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)),
-            route=pb.Route(source=pb.RECOMPUTE),
+            route=pb.Route(order=pb.FORWARD),
             deadline_ms=DEADLINE_MS,
             chain_root=self._root,
         )

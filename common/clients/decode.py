@@ -25,25 +25,34 @@ from common.errors import Overloaded, PenstockError, Unavailable, from_code
 from common.generation import FinishReason, Token
 from common.pb import worker_pb2 as pb
 from common.pb import worker_pb2_grpc
+from common.routes import PATHS
 from common.wire import tokens_from_pb
 
 OUTGOING_MAX = 4096  # messages; a start or a cancel each
 
 
+class Flow(msgspec.Struct, frozen=True):
+    """What one path moved; `seconds` in which at least one transfer was under way."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 class Report(msgspec.Struct, frozen=True):
     """What really happened to a request (worker.proto Report)."""
 
-    source: str
+    plan: str
     cached_tokens: int
+    computed_tokens: int = 0
     prefill: str = ""
     carrier: str = ""
-    bytes_storage_to_decode: int = 0
-    bytes_storage_to_prefill: int = 0
-    bytes_prefill_to_decode: int = 0
+    storage_to_decode: Flow = Flow()
+    storage_to_prefill: Flow = Flow()
+    decode_to_prefill: Flow = Flow()
+    prefill_to_decode: Flow = Flow()
+    host_to_device: Flow = Flow()
     queue_s: float = 0.0
-    load_s: float = 0.0
     prefill_s: float = 0.0
-    handoff_s: float = 0.0
     preemptions: int = 0
     fallback: str = ""
 
@@ -180,18 +189,5 @@ def step_from_pb(message: pb.SequenceStep) -> Step:
 
 
 def report_from_pb(message: pb.Report) -> Report:
-    return Report(
-        source=pb.Source.Name(message.source).lower() if message.source in pb.Source.values() else "unknown",
-        cached_tokens=message.cached_tokens,
-        prefill=message.prefill,
-        carrier=message.carrier,
-        bytes_storage_to_decode=message.bytes_storage_to_decode,
-        bytes_storage_to_prefill=message.bytes_storage_to_prefill,
-        bytes_prefill_to_decode=message.bytes_prefill_to_decode,
-        queue_s=message.queue_s,
-        load_s=message.load_s,
-        prefill_s=message.prefill_s,
-        handoff_s=message.handoff_s,
-        preemptions=message.preemptions,
-        fallback=message.fallback,
-    )
+    values = {field: getattr(message, field) for field in Report.__struct_fields__}
+    return Report(**(values | {path: Flow(values[path].bytes, values[path].seconds) for path in PATHS}))

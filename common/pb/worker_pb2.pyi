@@ -10,13 +10,26 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SOURCE_UNSPECIFIED: _ClassVar[Source]
-    DIRECT: _ClassVar[Source]
+    RESIDENT: _ClassVar[Source]
+    STORAGE_TO_DECODE: _ClassVar[Source]
     STORAGE_TO_PREFILL: _ClassVar[Source]
     RECOMPUTE: _ClassVar[Source]
+
+class Order(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ORDER_UNSPECIFIED: _ClassVar[Order]
+    FORWARD: _ClassVar[Order]
+    MEET: _ClassVar[Order]
+    WHOLE: _ClassVar[Order]
 SOURCE_UNSPECIFIED: Source
-DIRECT: Source
+RESIDENT: Source
+STORAGE_TO_DECODE: Source
 STORAGE_TO_PREFILL: Source
 RECOMPUTE: Source
+ORDER_UNSPECIFIED: Order
+FORWARD: Order
+MEET: Order
+WHOLE: Order
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -53,7 +66,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, role: _Optional[str] = ..., id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., block_tokens: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., bytes_endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes")
+    __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes", "peer_read_bytes_per_s", "peer_read_queue_bytes", "peer_write_bytes_per_s", "peer_write_queue_bytes", "queued_tokens")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +77,11 @@ class Load(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     READ_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEER_READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PEER_READ_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEER_WRITE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PEER_WRITE_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tokens: int
@@ -74,7 +92,12 @@ class Load(_message.Message):
     prefill_tokens_per_s: float
     read_bytes_per_s: float
     read_queue_bytes: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., pool_blocks_free: _Optional[int] = ..., pool_blocks_total: _Optional[int] = ..., stage_slots_free: _Optional[int] = ..., stage_slots_total: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., read_queue_bytes: _Optional[int] = ...) -> None: ...
+    peer_read_bytes_per_s: float
+    peer_read_queue_bytes: int
+    peer_write_bytes_per_s: float
+    peer_write_queue_bytes: int
+    queued_tokens: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., pool_blocks_free: _Optional[int] = ..., pool_blocks_total: _Optional[int] = ..., stage_slots_free: _Optional[int] = ..., stage_slots_total: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., read_queue_bytes: _Optional[int] = ..., peer_read_bytes_per_s: _Optional[float] = ..., peer_read_queue_bytes: _Optional[int] = ..., peer_write_bytes_per_s: _Optional[float] = ..., peer_write_queue_bytes: _Optional[int] = ..., queued_tokens: _Optional[int] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("shm", "tcp", "grpc")
@@ -140,17 +163,31 @@ class Sampling(_message.Message):
     logprobs: int
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
-class Route(_message.Message):
-    __slots__ = ("source", "stored", "prefill", "kvstore")
+class Leg(_message.Message):
+    __slots__ = ("first_block", "last_block", "source")
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LAST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    first_block: int
+    last_block: int
+    source: Source
+    def __init__(self, first_block: _Optional[int] = ..., last_block: _Optional[int] = ..., source: _Optional[_Union[Source, str]] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("legs", "stored", "prefill", "kvstore", "order", "plan")
+    LEGS_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     KVSTORE_FIELD_NUMBER: _ClassVar[int]
-    source: Source
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    legs: _containers.RepeatedCompositeFieldContainer[Leg]
     stored: StoredPrefix
     prefill: str
     kvstore: str
-    def __init__(self, source: _Optional[_Union[Source, str]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., prefill: _Optional[str] = ..., kvstore: _Optional[str] = ...) -> None: ...
+    order: Order
+    plan: str
+    def __init__(self, legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., prefill: _Optional[str] = ..., kvstore: _Optional[str] = ..., order: _Optional[_Union[Order, str]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("start", "cancel")
@@ -238,43 +275,54 @@ class Error(_message.Message):
     retry_after_s: float
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
+class Flow(_message.Message):
+    __slots__ = ("bytes", "seconds")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    seconds: float
+    def __init__(self, bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class Report(_message.Message):
-    __slots__ = ("source", "cached_tokens", "prefill", "carrier", "bytes_storage_to_decode", "bytes_storage_to_prefill", "bytes_prefill_to_decode", "queue_s", "load_s", "prefill_s", "handoff_s", "preemptions", "fallback")
-    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("plan", "cached_tokens", "computed_tokens", "prefill", "carrier", "storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s", "prefill_s", "preemptions", "fallback")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     CARRIER_FIELD_NUMBER: _ClassVar[int]
-    BYTES_STORAGE_TO_DECODE_FIELD_NUMBER: _ClassVar[int]
-    BYTES_STORAGE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
-    BYTES_PREFILL_TO_DECODE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_TO_DECODE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TO_DECODE_FIELD_NUMBER: _ClassVar[int]
+    HOST_TO_DEVICE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
-    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
-    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
-    source: Source
+    plan: str
     cached_tokens: int
+    computed_tokens: int
     prefill: str
     carrier: str
-    bytes_storage_to_decode: int
-    bytes_storage_to_prefill: int
-    bytes_prefill_to_decode: int
+    storage_to_decode: Flow
+    storage_to_prefill: Flow
+    decode_to_prefill: Flow
+    prefill_to_decode: Flow
+    host_to_device: Flow
     queue_s: float
-    load_s: float
     prefill_s: float
-    handoff_s: float
     preemptions: int
     fallback: str
-    def __init__(self, source: _Optional[_Union[Source, str]] = ..., cached_tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., carrier: _Optional[str] = ..., bytes_storage_to_decode: _Optional[int] = ..., bytes_storage_to_prefill: _Optional[int] = ..., bytes_prefill_to_decode: _Optional[int] = ..., queue_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., fallback: _Optional[str] = ...) -> None: ...
+    def __init__(self, plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., carrier: _Optional[str] = ..., storage_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., host_to_device: _Optional[_Union[Flow, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., fallback: _Optional[str] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling", "stored", "present_blocks", "stage", "namespace", "deadline_ms", "traceparent")
+    __slots__ = ("request_id", "token_ids", "sampling", "legs", "order", "stored", "stage", "namespace", "deadline_ms", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    LEGS_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
-    PRESENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -282,24 +330,27 @@ class RunRequest(_message.Message):
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
+    legs: _containers.RepeatedCompositeFieldContainer[Leg]
+    order: Order
     stored: StoredPrefix
-    present_blocks: int
     stage: Lease
     namespace: str
     deadline_ms: int
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., present_blocks: _Optional[int] = ..., stage: _Optional[_Union[Lease, _Mapping]] = ..., namespace: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., order: _Optional[_Union[Order, str]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., stage: _Optional[_Union[Lease, _Mapping]] = ..., namespace: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class RunEvent(_message.Message):
-    __slots__ = ("blocks_filled", "first", "report", "finish", "stop_token")
-    BLOCKS_FILLED_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("computed_blocks", "pull_from", "first", "finish", "stop_token", "report")
+    COMPUTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PULL_FROM_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
-    REPORT_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    blocks_filled: int
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    computed_blocks: int
+    pull_from: _containers.RepeatedScalarFieldContainer[int]
     first: Token
-    report: Report
     finish: str
     stop_token: int
-    def __init__(self, blocks_filled: _Optional[int] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ...) -> None: ...
+    report: Report
+    def __init__(self, computed_blocks: _Optional[int] = ..., pull_from: _Optional[_Iterable[int]] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...

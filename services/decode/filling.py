@@ -10,7 +10,6 @@ Slots belong to the `Filled` that is returned, and are given back by whoever tak
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -20,11 +19,12 @@ from common.blocks import reusable_blocks
 from common.errors import LeaseRejected, PenstockError
 from common.generation import FinishReason, Token
 from common.logs import Log
+from common.routes import Plan
 from common.transport.interface import Endpoint, LeaseToken
 from services.decode.prefill_client import PrefillPeers
 from services.worker.engine.types import LoadedKv
 from services.worker.loading import Reader, Stored
-from services.worker.requests import DecodeRequest, PrefillProgress, PrefillRequest, Report, Source, StageLease
+from services.worker.requests import DecodeRequest, Flow, PrefillProgress, PrefillRequest, Report, StageLease
 from services.worker.stage import Lease, Right, Stage
 
 log = Log("filling")
@@ -67,7 +67,6 @@ class Filler:
         """Raises Overloaded when the stage has no room now."""
         route = request.route
         stored = self._usable(request)
-        report.source = route.source
         try:
             if route.prefill and not request.output:
                 return await self._by_prefill(request, stored, report)
@@ -87,7 +86,6 @@ class Filler:
 
     async def _direct(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
         """Pulls the stored prefix from SSD; the engine computes the rest."""
-        report.source = Source.DIRECT if stored else Source.RECOMPUTE
         if stored is None:
             return Filled()
         slots = self._stage.reserve(stored.blocks)
@@ -97,16 +95,15 @@ class Filler:
             good = loaded.blocks
         finally:
             self._stage.free(slots[good:])
-        report.load_s = loaded.seconds
-        report.bytes_storage_to_decode = loaded.bytes
+        report.storage_to_decode = Flow(loaded.bytes, loaded.seconds)
         report.carrier = loaded.carrier
         tracing.record("ssd_read", loaded.seconds, request.traceparent, blocks=good, bytes=loaded.bytes, carrier=loaded.carrier)
         if loaded.failure:
             report.fallback = "; ".join(filter(None, (report.fallback, f"storage: {loaded.failure}")))
             log.warning("fallback", request_id=request.id, reason=report.fallback)
         if not good:
-            report.source = Source.RECOMPUTE
             return Filled()
+        report.plan = Plan.DIRECT
         report.cached_tokens = good * self._block_tokens
         kv = LoadedKv(report.cached_tokens, self._views(slots[:good]), self._freer(slots[:good]))
         return Filled(kv, slots[:good], good)
@@ -116,12 +113,20 @@ class Filler:
 
         When it fails, the blocks that had come are used; without any, the stored prefix is pulled here.
         """
-        began = time.perf_counter()
+        route = request.route
         slots = self._stage.reserve(-(-len(request.prompt) // self._block_tokens))
         granted = self._stage.grant(slots, Right.WRITE, self._lease_s)
         lease = StageLease(granted.token, self._endpoint(), self._lease_s)
         run = PrefillRequest(
-            request.id, request.prompt, request.sampling, lease, stored, 0, request.deadline_s, tracing.traceparent()
+            request.id,
+            request.prompt,
+            request.sampling,
+            lease,
+            route.legs,
+            route.order,
+            stored,
+            request.deadline_s,
+            tracing.traceparent(),
         )
         keeping = asyncio.create_task(self._keep(granted.token))
         last: PrefillProgress | None = None
@@ -138,7 +143,7 @@ class Filler:
             await asyncio.shield(self._stage.revoke(granted.token))
             self._stage.free(slots[good:])
         if last is not None:
-            self._merge(report, last.report or Report(), time.perf_counter() - began)
+            self._merge(report, last.report or Report())
             kv = LoadedKv(len(request.prompt), self._views(slots), self._freer(slots))
             return Filled(kv, slots, report.cached_tokens // self._block_tokens, last.first, last.finish, last.stop_token)
         if not good:
@@ -149,22 +154,21 @@ class Filler:
             LoadedKv(good * self._block_tokens, self._views(slots[:good]), self._freer(slots[:good])), slots[:good], stored_blocks
         )
 
-    def _merge(self, report: Report, prefill: Report, seconds: float) -> None:
-        """Takes over what the prefill worker measured; what is left of the time was the hand-off."""
+    def _merge(self, report: Report, prefill: Report) -> None:
+        """Takes over what the prefill worker measured."""
         for field in (
             "cached_tokens",
+            "computed_tokens",
             "prefill",
             "carrier",
-            "bytes_storage_to_prefill",
-            "bytes_prefill_to_decode",
+            "storage_to_prefill",
+            "prefill_to_decode",
             "queue_s",
-            "load_s",
             "prefill_s",
         ):
             setattr(report, field, getattr(prefill, field))
-        report.source = Source.STORAGE_TO_PREFILL if prefill.cached_tokens else Source.RECOMPUTE
+        report.plan = Plan.STORAGE_TO_PREFILL if prefill.cached_tokens else Plan.RECOMPUTE
         report.fallback = prefill.fallback
-        report.handoff_s = max(0.0, seconds - report.prefill_s - report.load_s - report.queue_s)
 
     async def _keep(self, token: LeaseToken) -> None:
         """Heartbeats the lease for as long as prefill works on it, or until it has ended all the same."""

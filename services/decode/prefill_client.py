@@ -32,20 +32,20 @@ class PrefillPeers:
         await self._connected(channel, address)
         stub = worker_pb2_grpc.PrefillStub(channel)
         call = stub.Run(run_request(request, self._namespace), timeout=request.deadline_s)
-        blocks_filled = 0
+        computed_blocks = 0
         try:
             async for event in call:
                 progress = progress_from_pb(event)
-                if progress.blocks_filled < blocks_filled:
-                    raise Internal(f"prefill {address} counted back from {blocks_filled} to {progress.blocks_filled} blocks")
-                blocks_filled = progress.blocks_filled
+                if progress.computed_blocks < computed_blocks:
+                    raise Internal(f"prefill {address} counted back from {computed_blocks} to {progress.computed_blocks} blocks")
+                computed_blocks = progress.computed_blocks
                 if progress.first is not None:
                     return progress
         except grpc.aio.AioRpcError as error:
             raise rpc.raised(error, address) from error
         finally:
             call.cancel()
-        raise TransferFailed(f"prefill {address} ended after {blocks_filled} blocks without a first token")
+        raise TransferFailed(f"prefill {address} ended after {computed_blocks} blocks without a first token")
 
     async def _connected(self, channel: grpc.aio.Channel, address: str) -> None:
         """Fails within the connect deadline when nobody listens, so that the request falls back early."""

@@ -43,13 +43,13 @@ class Handoff:
         self._stage_lease = request.stage
         self._tokens = len(request.prompt)
         self.blocks = -(-self._tokens // parts.block_tokens)
-        self.sent_blocks = request.present_blocks
+        self.sent_blocks = 0
         self.sent_bytes = 0
         self.sending_s = 0.0  # of the byte plane, overlapped with compute
         self.carrier = ""
         self._staged: Sequence[int] = ()
         self._staged_sent: Callable[[], None] | None = None
-        self._ready = request.present_blocks
+        self._ready = 0
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._send_all(), name=f"handoff {sequence_id}")
 

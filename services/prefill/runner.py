@@ -22,7 +22,7 @@ from services.prefill.handoff import Handoff, HandoffFactory
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.types import LoadedKv, NewSequence, SequenceStep, StepResult
 from services.worker.loading import Reader
-from services.worker.requests import PrefillProgress, PrefillRequest, Report, Source
+from services.worker.requests import Flow, PrefillProgress, PrefillRequest, Report
 from services.worker.stage import Stage
 
 log = Log("runner")
@@ -105,11 +105,11 @@ class Runner:
         finally:
             self._stage.free(slots[good:])
         report.fallback = f"storage: {loaded.failure}" if loaded.failure else ""
-        report.load_s, report.bytes_storage_to_prefill = loaded.seconds, loaded.bytes
+        report.storage_to_prefill = Flow(loaded.bytes, loaded.seconds)
         tracing.record("ssd_read", loaded.seconds, tracing.traceparent(), blocks=good, bytes=loaded.bytes, carrier=loaded.carrier)
         if not good:
             return None
-        report.source, report.cached_tokens = Source.STORAGE_TO_PREFILL, good * self._block_tokens
+        report.cached_tokens = good * self._block_tokens
         shared = _Shared(lambda: self._stage.free(slots[:good]), holders=2)
         handoff.staged(slots[:good], shared.let_go)
         copied = shared.threadsafe(asyncio.get_running_loop())
@@ -137,8 +137,9 @@ class Runner:
         parent = tracing.traceparent()
         tracing.record("handoff", time.perf_counter() - sending, parent)  # what was left to send after the first token
         tracing.record("transfer", handoff.sending_s, parent, bytes=handoff.sent_bytes, carrier=handoff.carrier)
-        report.carrier, report.bytes_prefill_to_decode = handoff.carrier, handoff.sent_bytes
-        return PrefillProgress(handoff.blocks, step.tokens[0], step.finish, step.stop_token, report)
+        report.carrier, report.prefill_to_decode = handoff.carrier, Flow(handoff.sent_bytes, handoff.sending_s)
+        report.computed_tokens = len(request.prompt) - report.cached_tokens
+        return PrefillProgress(handoff.blocks, (), step.tokens[0], step.finish, step.stop_token, report)
 
     def check_integrity(self) -> None:
         """When idle, nothing is left."""

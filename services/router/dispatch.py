@@ -11,18 +11,13 @@ from common.clients.decode import Step
 from common.errors import ContextExceeded, Overloaded, PenstockError, Unavailable
 from common.logs import Log
 from common.pb import worker_pb2 as pb
-from common.wire import sampling_to_pb
+from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
 from services.router.generator import Generator, Work
-from services.router.placement import ClusterView, Query, Refusal, Route, Source, Why, pick_kvstore, route
+from services.router.placement import ClusterView, Query, Refusal, Route, Why, pick_kvstore, route
 from services.router.stores import Found
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
-_SOURCE_TO_PB = {
-    Source.DIRECT: pb.DIRECT,
-    Source.STORAGE_TO_PREFILL: pb.STORAGE_TO_PREFILL,
-    Source.RECOMPUTE: pb.RECOMPUTE,
-}
 log = Log("dispatch")
 
 
@@ -131,8 +126,10 @@ class Dispatch:
             token_ids=choice.prompt,
             sampling=sampling_to_pb(choice.sampling),
             route=pb.Route(
-                source=_SOURCE_TO_PB[decision.source],
-                stored=found.to_pb() if found is not None and decision.stored_blocks else None,
+                legs=legs_to_pb(decision.legs),
+                order=order_to_pb(decision.order),
+                plan=decision.plan,
+                stored=found.to_pb() if found is not None and decision.legs else None,
                 prefill=decision.prefill,
                 kvstore=decision.kvstore,
             ),
@@ -152,8 +149,8 @@ class Dispatch:
         choice.placement = placement
         choice.route = decision
         choice.namespace = view.namespace
-        self._generator.metrics.routed(decision.source)
-        log.debug("placed", request_id=stream_id, decode=peer.id, source=decision.source, reason=decision.reason)
+        self._generator.metrics.routed(decision.plan)
+        log.debug("placed", request_id=stream_id, decode=peer.id, plan=decision.plan, reason=decision.reason)
 
 
 def _refused(refusal: Refusal) -> PenstockError:

@@ -80,7 +80,7 @@ class Generation:
     def route(self) -> str:
         """What the first choice's worker says it did, else what was decided."""
         first = self._choices[0]
-        return first.report.source if first.report else str(first.route.source) if first.route else ""
+        return first.report.plan if first.report else str(first.route.plan) if first.route else ""
 
     async def __aenter__(self) -> "Generation":
         self._g.refuse_when_full(self.work.sequences)

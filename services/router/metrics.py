@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from common.routes import PATHS, Plan
 from services.router.choice import Choice
-from services.router.placement import Source
 
 if TYPE_CHECKING:
     from services.router.cluster import Cluster
@@ -16,7 +16,6 @@ _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 
 _ITL_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40)
 _E2E_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6)
-_PATHS = ("storage_to_decode", "storage_to_prefill", "prefill_to_decode")
 
 
 class Metrics:
@@ -54,10 +53,11 @@ class Metrics:
         self._preemptions = counter("vllm:num_preemptions", "Sequences that lost their KV memory and recomputed.")
         self._success = counter("vllm:request_success", "Finished sequences.", "finished_reason")
         self._failed = counter("penstock:request_failures", "Requests that ended in an error.", "code")
-        self._routes = counter("penstock:routes", "Routes decided.", "source")
-        self._carried_out = counter("penstock:routes_carried_out", "Routes as decode reported them.", "source", "carrier")
+        self._routes = counter("penstock:routes", "Routes decided.", "plan")
+        self._carried_out = counter("penstock:routes_carried_out", "Routes as decode reported them.", "plan", "carrier")
         self._fallbacks = counter("penstock:route_fallbacks", "Routes that decode could not carry out as asked.")
         self._bytes = counter("penstock:kv_bytes", "KV bytes moved for requests.", "path")
+        self._path_seconds = counter("penstock:kv_path_seconds", "Seconds in which requests moved KV.", "path")
         self._moves = counter("penstock:moves", "Sequences moved to another decode worker.")
         self._lookup_failures = counter("penstock:lookup_failures", "kvstore lookups that failed and counted as misses.")
         self._peers = gauge("penstock:peers", "Peers connected.", "role")
@@ -82,8 +82,8 @@ class Metrics:
     def lookup_failed(self) -> None:
         self._lookup_failures.inc()
 
-    def routed(self, source: Source) -> None:
-        self._routes.labels(self._label, source).inc()
+    def routed(self, plan: Plan) -> None:
+        self._routes.labels(self._label, plan).inc()
 
     def moved(self) -> None:
         self._moves.inc()
@@ -124,8 +124,10 @@ class Metrics:
             return
         self._queue.observe(report.queue_s)
         self._preemptions.inc(report.preemptions)
-        self._carried_out.labels(self._label, report.source, report.carrier or "none").inc()
+        self._carried_out.labels(self._label, report.plan, report.carrier or "none").inc()
         if report.fallback:
             self._fallbacks.inc()
-        for path in _PATHS:
-            self._bytes.labels(self._label, path).inc(getattr(report, f"bytes_{path}"))
+        for path in PATHS:
+            flow = getattr(report, path)
+            self._bytes.labels(self._label, path).inc(flow.bytes)
+            self._path_seconds.labels(self._label, path).inc(flow.seconds)

@@ -23,18 +23,14 @@ from enum import StrEnum
 
 import msgspec
 
+from common.routes import Leg, Order, Plan, Source, plan_of
+
 Z_FACTOR = 1.05  # the paper's slack over the mean
 PREFILL_BACKLOG_S_MAX = 5.0  # beta of the paper
 READ_BACKLOG_S_MAX = 3.0  # alpha of the paper
 DIRECT_TAIL_TOKENS = 512  # where prefill speed is not known yet
 DIRECT_TAIL_S = 0.25  # of decode's own compute that a tail may take from the running batch
 DIRECT_TAIL_TOKENS_MIN, DIRECT_TAIL_TOKENS_MAX = 128, 4096
-
-
-class Source(StrEnum):
-    DIRECT = "direct"
-    STORAGE_TO_PREFILL = "storage_to_prefill"
-    RECOMPUTE = "recompute"
 
 
 class DecodeView(msgspec.Struct, frozen=True):
@@ -96,11 +92,17 @@ class Route(msgspec.Struct, frozen=True):
     """The decision. Empty `prefill`: decode computes itself; empty `kvstore`: nothing is stored."""
 
     decode: str
-    source: Source
-    stored_blocks: int
+    plan: Plan
+    legs: tuple[Leg, ...]
+    order: Order
     prefill: str
     kvstore: str
     reason: str
+
+    @property
+    def stored_blocks(self) -> int:
+        """Blocks that are loaded."""
+        return sum(leg.blocks for leg in self.legs)
 
 
 class Why(StrEnum):
@@ -127,10 +129,12 @@ def route(request: Query, view: ClusterView, now: float) -> Route | Refusal:
     tail_max = direct_tail_tokens(request, chosen)
     tail = request.prompt_tokens - request.stored_blocks * view.block_tokens
     source, by_prefill, why_source = _source(request, tail, tail_max, prefill is not None)
+    legs = () if source is Source.RECOMPUTE else (Leg(0, request.stored_blocks, source),)
     return Route(
         decode=chosen.address,
-        source=source,
-        stored_blocks=0 if source is Source.RECOMPUTE else request.stored_blocks,
+        plan=plan_of((source,), Order.FORWARD, by_prefill),
+        legs=legs,
+        order=Order.FORWARD,
         prefill=prefill.address if prefill is not None and by_prefill else "",
         kvstore=request.kvstore,
         reason=f"{why_source}; {why_decode}",
@@ -201,9 +205,9 @@ def cluster_namespace(namespaces: Iterable[str], current: str) -> str:
 def _source(request: Query, tail: int, tail_max: int, prefill: bool) -> tuple[Source, bool, str]:
     """(source, whether prefill takes part, why)."""
     if request.stored_blocks and tail <= tail_max:
-        return Source.DIRECT, False, f"tail of {tail} tokens is at most {tail_max}"
+        return Source.STORAGE_TO_DECODE, False, f"tail of {tail} tokens is at most {tail_max}"
     if request.stored_blocks and not prefill:
-        return Source.DIRECT, False, f"tail of {tail} tokens, but no prefill worker has room"
+        return Source.STORAGE_TO_DECODE, False, f"tail of {tail} tokens, but no prefill worker has room"
     if request.stored_blocks:
         return Source.STORAGE_TO_PREFILL, True, f"tail of {tail} tokens is over {tail_max}"
     if prefill and tail > tail_max:

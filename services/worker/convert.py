@@ -1,15 +1,20 @@
 """worker.proto messages from and to `services.worker.requests`."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from common.blocks import KEY_BYTES, ChainRoot
 from common.errors import Internal, InvalidRequest, PenstockError, from_code, meaning
 from common.generation import FinishReason
 from common.pb import worker_pb2 as pb
+from common.routes import PATHS, Leg, Order, Plan, Source, problem_of
 from common.wire import (
     endpoint_from_pb,
     endpoint_to_pb,
     lease_token,
+    legs_to_pb,
+    order_to_pb,
     sampling_from_pb,
     sampling_to_pb,
     token_from_pb,
@@ -18,17 +23,14 @@ from common.wire import (
 from services.worker.loading import Stored
 from services.worker.requests import (
     DecodeRequest,
+    Flow,
     PrefillProgress,
     PrefillRequest,
     Report,
     RequestStep,
     Route,
-    Source,
     StageLease,
 )
-
-_SOURCES = {pb.DIRECT: Source.DIRECT, pb.STORAGE_TO_PREFILL: Source.STORAGE_TO_PREFILL, pb.RECOMPUTE: Source.RECOMPUTE}
-_SOURCES_TO_PB = {source: number for number, source in _SOURCES.items()}
 
 
 def stored_from_pb(message: pb.StoredPrefix) -> Stored:
@@ -47,15 +49,18 @@ def decode_request(start: pb.Start) -> DecodeRequest:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
     if len(start.chain_root) != KEY_BYTES:
         raise InvalidRequest(f"chain_root of {len(start.chain_root)} bytes: must be {KEY_BYTES}")
-    source = _SOURCES.get(start.route.source)
-    if source is None:
-        raise InvalidRequest(f"route.source = {start.route.source}: must be one of {', '.join(Source)}")
     stored = stored_from_pb(start.route.stored) if start.route.stored.blocks else None
     return DecodeRequest(
         id=start.request_id,
         prompt=tuple(start.token_ids),
         sampling=sampling_from_pb(start.sampling),
-        route=Route(source, stored, start.route.prefill, start.route.kvstore),
+        route=Route(
+            legs_from_pb(start.route.legs, stored.blocks if stored else 0),
+            order_from_pb(start.route.order),
+            stored,
+            start.route.prefill,
+            start.route.kvstore,
+        ),
         deadline_s=start.deadline_ms / 1e3,
         chain_root=ChainRoot(start.chain_root),
         output=tuple(start.output_ids),
@@ -71,8 +76,9 @@ def run_request(request: PrefillRequest, namespace: str) -> pb.RunRequest:
         request_id=request.id,
         token_ids=request.prompt,
         sampling=sampling_to_pb(request.sampling),
+        legs=legs_to_pb(request.legs),
+        order=order_to_pb(request.order),
         stored=stored_to_pb(request.stored) if request.stored else None,
-        present_blocks=request.present_blocks,
         stage=lease,
         namespace=namespace,
         deadline_ms=int(request.deadline_s * 1e3),
@@ -90,21 +96,44 @@ def prefill_request(message: pb.RunRequest) -> PrefillRequest:
         prompt=tuple(message.token_ids),
         sampling=sampling_from_pb(message.sampling),
         stage=stage,
+        legs=legs_from_pb(message.legs, len(message.token_ids)),
+        order=order_from_pb(message.order),
         stored=stored_from_pb(message.stored) if message.stored.blocks else None,
-        present_blocks=message.present_blocks,
         deadline_s=message.deadline_ms / 1e3,
         traceparent=message.traceparent,
     )
 
 
+def legs_from_pb(messages: Iterable[pb.Leg], blocks: int) -> tuple[Leg, ...]:
+    """Raises InvalidRequest unless they are ordered, disjoint, inside `[0, blocks)` and of sources that can be carried out."""
+    served = {pb.STORAGE_TO_DECODE: Source.STORAGE_TO_DECODE, pb.STORAGE_TO_PREFILL: Source.STORAGE_TO_PREFILL}
+    legs = []
+    for message in messages:
+        source = served.get(message.source)
+        if source is None:
+            raise InvalidRequest(f"leg.source = {message.source}: must be one of {', '.join(served.values())}")
+        legs.append(Leg(message.first_block, message.last_block, source))
+    if problem := problem_of(legs, blocks):
+        raise InvalidRequest(problem)
+    return tuple(legs)
+
+
+def order_from_pb(value: pb.Order) -> Order:
+    if value not in (pb.FORWARD, pb.MEET, pb.WHOLE):
+        raise InvalidRequest(f"order = {value}: must be one of {', '.join(Order)}")
+    return Order(pb.Order.Name(value).lower())
+
+
 def report_to_pb(report: Report) -> pb.Report:
-    values = msgspec.structs.asdict(report) | {"source": _SOURCES_TO_PB[report.source]}
-    return pb.Report(**values)
+    values = msgspec.structs.asdict(report)
+    return pb.Report(**(values | {path: pb.Flow(**msgspec.structs.asdict(values[path])) for path in PATHS}))
 
 
 def report_from_pb(message: pb.Report) -> Report:
     values = {field: getattr(message, field) for field in Report.__struct_fields__}
-    return Report(**(values | {"source": _SOURCES.get(message.source, Source.RECOMPUTE)}))
+    flows = {path: Flow(values[path].bytes, values[path].seconds) for path in PATHS}
+    plan = Plan(message.plan) if message.plan in set(Plan) else Plan.RECOMPUTE
+    return Report(**(values | flows | {"plan": plan}))
 
 
 def error_to_pb(error: PenstockError) -> pb.Error:
@@ -130,7 +159,8 @@ def step_to_pb(step: RequestStep) -> pb.SequenceStep:
 
 def progress_to_pb(progress: PrefillProgress) -> pb.RunEvent:
     return pb.RunEvent(
-        blocks_filled=progress.blocks_filled,
+        computed_blocks=progress.computed_blocks,
+        pull_from=progress.pull_from,
         first=token_to_pb(progress.first) if progress.first else None,
         report=report_to_pb(progress.report) if progress.report else None,
         finish=progress.finish or "",
@@ -139,14 +169,16 @@ def progress_to_pb(progress: PrefillProgress) -> pb.RunEvent:
 
 
 def progress_from_pb(message: pb.RunEvent) -> PrefillProgress:
-    if not message.HasField("first"):
-        return PrefillProgress(message.blocks_filled)
-    if message.finish not in (FinishReason.STOP, FinishReason.LENGTH):
-        raise Internal(f"prefill's finish = {message.finish!r}: must be stop or length")
+    first, finish = None, None
+    if message.HasField("first"):
+        if message.finish not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise Internal(f"prefill's finish = {message.finish!r}: must be stop or length")
+        first, finish = token_from_pb(message.first), FinishReason(message.finish)
     return PrefillProgress(
-        message.blocks_filled,
-        token_from_pb(message.first),
-        FinishReason(message.finish),
+        message.computed_blocks,
+        tuple(message.pull_from),
+        first,
+        finish,
         message.stop_token - 1 if message.stop_token else None,
-        report_from_pb(message.report),
+        report_from_pb(message.report) if message.HasField("report") else None,
     )

@@ -1,28 +1,20 @@
 """What a worker is asked to do, in the domain's terms."""
 
-from enum import StrEnum
-
 import msgspec
 
 from common.blocks import ChainRoot
 from common.errors import PenstockError
 from common.generation import FinishReason, Sampling, Token
+from common.routes import Leg, Order, Plan
 from common.transport.interface import Endpoint, LeaseToken
 from services.worker.loading import Stored
 
 
-class Source(StrEnum):
-    """Where a prompt's KV comes from (worker.proto Source)."""
-
-    DIRECT = "direct"
-    STORAGE_TO_PREFILL = "storage_to_prefill"
-    RECOMPUTE = "recompute"
-
-
 class Route(msgspec.Struct, frozen=True):
-    """The router's decision. `prefill` and `kvstore` are host:port, empty for none."""
+    """The router's decision. `prefill` and `kvstore` are host:port, empty for none; no leg covers: computed."""
 
-    source: Source
+    legs: tuple[Leg, ...] = ()
+    order: Order = Order.FORWARD
     stored: Stored | None = None
     prefill: str = ""
     kvstore: str = ""
@@ -56,26 +48,35 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     prompt: tuple[int, ...]
     sampling: Sampling
     stage: StageLease
+    legs: tuple[Leg, ...]
+    order: Order
     stored: Stored | None
-    present_blocks: int
     deadline_s: float
     traceparent: str = ""
 
 
-class Report(msgspec.Struct):
-    """What really happened, filled in as it happens. Times in seconds, sizes in bytes."""
+class Flow(msgspec.Struct):
+    """What one path moved; `seconds` in which at least one transfer was under way."""
 
-    source: Source = Source.RECOMPUTE
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Report(msgspec.Struct):
+    """What really happened, filled in as it happens. Times in seconds."""
+
+    plan: Plan = Plan.RECOMPUTE
     cached_tokens: int = 0
+    computed_tokens: int = 0
     prefill: str = ""
     carrier: str = ""
-    bytes_storage_to_decode: int = 0
-    bytes_storage_to_prefill: int = 0
-    bytes_prefill_to_decode: int = 0
+    storage_to_decode: Flow = msgspec.field(default_factory=Flow)
+    storage_to_prefill: Flow = msgspec.field(default_factory=Flow)
+    decode_to_prefill: Flow = msgspec.field(default_factory=Flow)
+    prefill_to_decode: Flow = msgspec.field(default_factory=Flow)
+    host_to_device: Flow = msgspec.field(default_factory=Flow)
     queue_s: float = 0.0
-    load_s: float = 0.0
     prefill_s: float = 0.0
-    handoff_s: float = 0.0
     preemptions: int = 0
     fallback: str = ""
 
@@ -92,12 +93,14 @@ class RequestStep(msgspec.Struct, frozen=True):
 
 
 class PrefillProgress(msgspec.Struct, frozen=True):
-    """News of a prefill run. Blocks are in the stage, verified, before they are counted.
+    """News of a prefill run.
 
-    `first`, `finish`, `stop_token` and `report` come with the last one.
+    `first`, with `finish` and `stop_token`, comes once, `report` with the last one. `pull_from`: per leg from
+    decode, in order, the block that decode may pull from on (order MEET).
     """
 
-    blocks_filled: int
+    computed_blocks: int
+    pull_from: tuple[int, ...] = ()
     first: Token | None = None
     finish: FinishReason | None = None
     stop_token: int | None = None

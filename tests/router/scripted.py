@@ -51,7 +51,7 @@ class ScriptedDecode(pb_grpc.DecodeServicer):
         """The script's tokens that aren't out yet, at most max_tokens."""
         done = len(start.output_ids)
         wanted = self.tokens[done : start.sampling.max_tokens]
-        report = pb.Report(source=start.route.source, cached_tokens=self.cached_tokens)
+        report = pb.Report(plan=start.route.plan, cached_tokens=self.cached_tokens)
         stops = self.stop_token is not None and done + len(wanted) == len(self.tokens)
         for position, id_ in enumerate(wanted):
             last = position == len(wanted) - 1

@@ -70,12 +70,12 @@ async def test_prompts_are_handed_to_prefill_by_length_and_store(start_stack: St
         stack.stores[0].blocks = 5
         await stack.complete(prompt=PROMPT)
         await stack.complete(prompt=PROMPT[:8])
-        routes = [(start.route.source, start.route.prefill) for start in stack.decode.starts]
+        routes = [(start.route.plan, start.route.prefill) for start in stack.decode.starts]
         assert routes == [
-            (pb.RECOMPUTE, prefill.address),
-            (pb.STORAGE_TO_PREFILL, prefill.address),
-            (pb.DIRECT, ""),
-            (pb.RECOMPUTE, ""),
+            ("recompute", prefill.address),
+            ("storage_to_prefill", prefill.address),
+            ("direct", ""),
+            ("recompute", ""),
         ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from common.pb import worker_pb2 as pb
-from services.router.placement import Source
+from common.routes import Plan
 from tests.router.conftest import Stack, StackMaker
 from tests.router.scripted import ScriptedDecode
 
@@ -48,7 +48,7 @@ async def test_a_stored_prefix_is_leased_handed_over_and_released(start_stack: S
         stack.stores[0].blocks = 4
         assert (await stack.complete(prompt=PROMPT)).status_code == 200
         start = stack.decode.starts[0]
-        assert start.route.source == pb.DIRECT
+        assert start.route.plan == "direct"
         assert start.route.stored.blocks == 4 and len(start.route.stored.lease.token) == 16
         assert start.route.stored.kvstore == start.route.kvstore == stack.stores[0].address
         assert len(start.chain_root) == 32
@@ -76,7 +76,7 @@ async def test_a_kvstore_that_does_not_answer_is_a_miss(start_stack: StackMaker)
     async with start_stack(stores=1, lookup_timeout_ms=20) as stack:
         stack.stores[0].hang = True
         assert (await stack.complete(prompt=PROMPT)).status_code == 200
-        assert stack.decode.starts[0].route.source == pb.RECOMPUTE
+        assert stack.decode.starts[0].route.plan == "recompute"
         assert not stack.decode.starts[0].route.HasField("stored")
 
 
@@ -229,7 +229,7 @@ async def test_every_request_is_logged_once_with_its_route(stack: Stack, caplog:
     records = [record.fields for record in caplog.records if record.getMessage() == "request"]
     assert len(records) == 1
     logged = records[0]
-    assert logged["route"] == Source.RECOMPUTE and logged["status"] == "length"
+    assert logged["route"] == Plan.RECOMPUTE and logged["status"] == "length"
     assert (logged["prompt_tokens"], logged["output_tokens"]) == (100, 3)
     assert logged["ttft_ms"] > 0 and "tokens_per_s" in logged
 

@@ -292,7 +292,7 @@ async def test_models_and_metrics_read_as_vllms(stack: Stack) -> None:
         'vllm:generation_tokens_total{model_name="tiny"} 3.0',
         'vllm:prefix_cache_hits_total{model_name="tiny"} 16.0',
         'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
-        'penstock:routes_total{model_name="tiny",source="recompute"} 1.0',
+        'penstock:routes_total{model_name="tiny",plan="recompute"} 1.0',
         'penstock:peers{model_name="tiny",role="decode"} 1.0',
     ):
         assert line in text, line

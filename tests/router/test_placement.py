@@ -4,6 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.routes import Plan
 from services.router.placement import (
     PREFILL_BACKLOG_S_MAX,
     Z_FACTOR,
@@ -13,7 +14,6 @@ from services.router.placement import (
     Query,
     Refusal,
     Route,
-    Source,
     Why,
     cluster_namespace,
     pick_kvstore,
@@ -43,7 +43,9 @@ def view(*workers: DecodeView | PrefillView) -> ClusterView:
 def text(decision: Route | Refusal) -> str:
     if isinstance(decision, Refusal):
         return f"refused ({decision.why}): {decision.reason}"
-    return f"{decision.decode} {decision.source} blocks={decision.stored_blocks} prefill={decision.prefill or '-'}: {decision.reason}"
+    return (
+        f"{decision.decode} {decision.plan} blocks={decision.stored_blocks} prefill={decision.prefill or '-'}: {decision.reason}"
+    )
 
 
 GOLDEN = [
@@ -132,9 +134,9 @@ def test_a_worker_that_failed_the_request_is_taken_only_when_there_is_no_other()
 
 def test_the_tail_decode_takes_follows_its_measured_speed() -> None:
     stored = Query(prompt_tokens=1600 + 300, stored_blocks=100)
-    for speed, source in ((400.0, Source.STORAGE_TO_PREFILL), (4000.0, Source.DIRECT)):
+    for speed, plan in ((400.0, Plan.STORAGE_TO_PREFILL), (4000.0, Plan.DIRECT)):
         decision = route(stored, view(decode("d0", prefill_tokens_per_s=speed), prefill("p0")), 0.0)
-        assert isinstance(decision, Route) and decision.source is source
+        assert isinstance(decision, Route) and decision.plan is plan
 
 
 def test_a_refusal_says_when_the_first_full_worker_is_free_again() -> None:
@@ -200,9 +202,9 @@ def test_a_route_names_only_workers_that_can_serve_it(query: Query, cluster: Clu
     if decision.prefill:
         helper = helpers[decision.prefill]
         assert helper.prefill_tokens_per_s == 0 or helper.tokens <= PREFILL_BACKLOG_S_MAX * helper.prefill_tokens_per_s
-    assert (decision.source is Source.DIRECT) <= (decision.stored_blocks > 0 and not decision.prefill)
-    assert (decision.source is Source.STORAGE_TO_PREFILL) <= (decision.stored_blocks > 0 and bool(decision.prefill))
-    assert (decision.source is Source.RECOMPUTE) == (query.stored_blocks == 0) == (decision.stored_blocks == 0)
+    assert (decision.plan is Plan.DIRECT) <= (decision.stored_blocks > 0 and not decision.prefill)
+    assert (decision.plan is Plan.STORAGE_TO_PREFILL) <= (decision.stored_blocks > 0 and bool(decision.prefill))
+    assert (decision.plan is Plan.RECOMPUTE) == (query.stored_blocks == 0) == (decision.stored_blocks == 0)
     assert decision.reason
 
 
