@@ -1,235 +1,198 @@
 """Which block lies in which slot, for one namespace, in memory.
 
 A slot number is `segment * slots_per_segment + slot in the segment`. Per stored block: the key, the
-checksum and the sequence of its bytes, the parent's slot, its siblings, its first child, pins.
+checksum and the sequence of its bytes, its links to other blocks (`Forest`), pins, and what the
+eviction policy knows of it: about 100 bytes, in arrays, whatever is stored (docs/benchmarks.md).
 
 Invariants (`check_integrity`):
-- A block whose parent is stored is linked under it; any other heads a chain (`parent == NONE`): it
-  is a first block, whose parent is a chain root, or an orphan that its parent's return adopts.
 - Only a block without stored children and without pins is evicted, so every chain that was
   prefix-closed stays so. A pin on the last block of a prefix therefore keeps the whole prefix.
-- Links form a forest: a block that claims an ancestor as its child isn't linked.
+- On offer to the policy are exactly the blocks that may be evicted.
 """
 
-from array import array
 from collections.abc import Iterator, Sequence
 
-from services.kvstore.eviction import EvictionPolicy
+import numpy as np
 
-NONE = -1  # inside the link columns only
+from services.kvstore.column import NO_SLOTS, NONE, Column, Numbers, Slots
+from services.kvstore.eviction import EvictionPolicy
+from services.kvstore.forest import Forest
+from services.kvstore.key_table import KeyTable, Words, words
+
+_STRIDES = (64, 448, 3584)  # keys probed at once: a short prefix doesn't pay for a long question
 
 
 class Index:
     """Blocks of one namespace by key. Not thread-safe: it belongs to the event loop."""
 
-    def __init__(self, policy: EvictionPolicy, ticks: Iterator[int]) -> None:
+    def __init__(self, policy: EvictionPolicy, ticks: Iterator[int], slots_expected: int = 0) -> None:
         """`ticks` counts the uses of all blocks of the store, so that namespaces compare."""
         self._policy = policy
         self._ticks = ticks
-        self._slot_of: dict[bytes, int] = {}
-        self._keys: list[bytes | None] = []
-        self._checksums = array("I")
-        self._sequences = array("Q")
-        self._pins = array("I")
-        self._parent = array("i")
-        self._first_child = array("i")
-        self._next = array("i")
-        self._previous = array("i")
-        self._heads: dict[bytes, int] = {}  # parent key -> first of the chain heads that name it
-        self._parent_key: dict[int, bytes] = {}  # chain head -> parent key
+        self._table = KeyTable(slots_expected)
+        self._forest = Forest()
+        self._checksums = Column(np.uint32)
+        self._sequences = Column(np.uint64)
+        self._pins = Column(np.uint32)
+        self._held = Column(np.bool_)  # whether the slot holds a block
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._table)
 
     def __repr__(self) -> str:
-        return f"Index(blocks={len(self)}, heads={len(self._parent_key)})"
+        return f"Index(blocks={len(self)}, bytes={self.nbytes})"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, the policy's included."""
+        columns = (self._checksums, self._sequences, self._pins, self._held)
+        return self._table.nbytes + self._forest.nbytes + self._policy.nbytes + sum(column.nbytes for column in columns)
 
     def grow(self, slots: int) -> None:
         """Slot numbers up to `slots` may be used."""
-        missing = slots - len(self._keys)
-        if missing <= 0:
-            return
-        self._keys.extend([None] * missing)
-        self._policy.grow(slots)
-        for column in (self._checksums, self._sequences, self._pins):
-            column.frombytes(bytes(missing * column.itemsize))
-        for column in (self._parent, self._first_child, self._next, self._previous):
-            column.extend(array("i", [NONE]) * missing)
+        for part in (self._table, self._forest, self._policy, self._checksums, self._sequences, self._pins, self._held):
+            part.grow(slots)
 
     def find(self, key: bytes) -> int | None:
-        return self._slot_of.get(key)
+        return self._table.find(key)
 
     def key(self, slot: int) -> bytes | None:
         """The block in a slot; None when there is none."""
-        return self._keys[slot]
+        return self._table.key(slot) if self._held.view[slot] else None
 
     def checksum(self, slot: int) -> int:
-        return self._checksums[slot]
+        return self._checksums.view[slot]
 
     def sequence(self, slot: int) -> int:
         """Identifies one filling of a slot: it changes when the slot gets another block."""
-        return self._sequences[slot]
+        return self._sequences.view[slot]
 
-    def prefix(self, keys: Sequence[bytes]) -> list[int]:
+    def sequences(self, slots: Slots) -> Numbers:
+        return self._sequences.array[slots]
+
+    def prefix(self, keys: Sequence[bytes]) -> Slots:
         """Slots of the longest stored prefix of a chain."""
-        find, parents = self._slot_of.get, self._parent
-        slots: list[int] = []
-        previous = NONE
-        for key in keys:
-            slot = find(key)
-            if slot is None or (slots and parents[slot] != previous):
+        found: list[Slots] = []
+        start, before = 0, NONE
+        while start < len(keys):
+            stop = start + _STRIDES[min(len(found), len(_STRIDES) - 1)]
+            slots = self._table.find_all(words(b"".join(keys[start:stop])))
+            good = slots != NONE
+            good[1:] &= self._forest.parents(slots[1:]) == slots[:-1]
+            good[0] &= start == 0 or (slots[0] != NONE and self._forest.parent(int(slots[0])) == before)
+            length = len(slots) if good.all() else int(good.argmin())
+            found.append(slots[:length])
+            if length < len(slots):
                 break
-            slots.append(slot)
-            previous = slot
-        return slots
+            start, before = stop, int(slots[-1])
+        return np.concatenate(found) if found else NO_SLOTS
 
-    def touch(self, slots: Sequence[int]) -> None:
-        """Notes a use of blocks."""
-        tick = next(self._ticks)
-        for slot in slots:
-            self._policy.touch(slot, tick)
+    def touch(self, slots: Slots) -> None:
+        """Notes a use of a prefix."""
+        self._policy.touch(slots, next(self._ticks))
 
     def insert(self, slot: int, key: bytes, parent_key: bytes, checksum: int, sequence: int) -> None:
         """A block is stored in a slot that was free. Links it, and adopts chain heads that name it."""
-        assert key not in self._slot_of and self._keys[slot] is None
-        self._slot_of[key] = slot
-        self._keys[slot] = key
-        self._checksums[slot] = checksum
-        self._sequences[slot] = sequence
-        parent = self._slot_of.get(parent_key) if parent_key != key else None
+        assert self._table.find(key) is None and not self._held.view[slot]
+        self._hold(slot, key, checksum, sequence)
+        parent = self._table.find(parent_key) if parent_key != key else None
         if parent is None:
-            self._link_head(slot, parent_key)
+            self._forest.hang_head(slot, parent_key)
         else:
-            self._link(slot, parent)
-        self._adopt(slot, key)
-        self.touch((slot,))
-        self._policy.offer(slot)
+            if self._policy.on_offer(parent):
+                self._policy.withdraw(parent)
+            self._forest.hang(slot, parent)
+        self._forest.adopt(slot, key)
+        self._policy.insert(slot, key, parent, next(self._ticks))
+        if self._evictable(slot):
+            self._policy.offer(slot)
+
+    def insert_all(
+        self, slots: Slots, keys: Words, parents: Words, checksums: Numbers, sequences: Numbers, ticks: Numbers
+    ) -> None:
+        """At start: `insert` of many blocks, all different, into an empty index. Last used at `ticks`, coldest first."""
+        assert not len(self)
+        self._table.put_all(slots, keys)
+        self._held.array[slots] = True
+        self._checksums.array[slots] = checksums
+        self._sequences.array[slots] = sequences
+        self._forest.hang_all(slots, self._table.find_all(parents), parents)
+        self._policy.restore(slots, ticks, slots[self._forest.leaves(slots)])
 
     def remove(self, slot: int) -> bytes:
         """Forgets the block in a slot. Children that it has become chain heads. Returns its key."""
-        key = self._keys[slot]
-        assert key is not None
-        for child in list(self.children(slot)):
-            self._unlink(child)
-            self._link_head(child, key)
-        parent = self._parent[slot]
-        self._unlink(slot)
-        del self._slot_of[key]
-        self._keys[slot] = None
-        if parent != NONE and self._evictable(parent):
+        key, parent = self._forget(slot)
+        if parent is not None and self._evictable(parent):
             self._policy.offer(parent)
         return key
 
     def pin(self, slot: int) -> None:
-        self._pins[slot] += 1
+        self._pins.view[slot] += 1
+        if self._policy.on_offer(slot):
+            self._policy.withdraw(slot)
 
     def unpin(self, slot: int) -> None:
-        assert self._pins[slot]
-        self._pins[slot] -= 1
+        assert self._pins.view[slot]
+        self._pins.view[slot] -= 1
         if self._evictable(slot):
             self._policy.offer(slot)
 
     def pinned(self, slot: int) -> bool:
-        return self._pins[slot] > 0
+        return self._pins.view[slot] > 0
 
     def evict(self) -> int | None:
         """Removes the block that may best go; its slot, or None when none may."""
-        slot = self._policy.victim(self._evictable)
-        if slot is not None:
-            self.remove(slot)
+        slot = self._policy.victim()
+        if slot is None:
+            return None
+        key, parent = self._forget(slot)
+        self._policy.evicted(slot, key)
+        if parent is not None and self._evictable(parent):
+            self._policy.expose(parent, slot)
         return slot
 
     def coldest_tick(self) -> int | None:
         """Last use of the block that `evict` would take."""
-        return self._policy.coldest_tick(self._evictable)
-
-    def children(self, slot: int) -> Iterator[int]:
-        child = self._first_child[slot]
-        while child != NONE:
-            yield child
-            child = self._next[child]
+        slot = self._policy.victim()
+        return self._policy.tick(slot) if slot is not None else None
 
     def subtree(self, slots: Sequence[int]) -> list[int]:
         """The blocks in `slots` and everything under them, each once."""
-        found: dict[int, None] = {}
-        todo = [slot for slot in slots if self._keys[slot] is not None]
-        while todo:
-            slot = todo.pop()
-            if slot not in found:
-                found[slot] = None
-                todo.extend(self.children(slot))
-        return list(found)
+        return self._forest.subtree([slot for slot in slots if self._held.view[slot]])
 
     def stored(self) -> Iterator[tuple[bytes, int]]:
-        return iter(self._slot_of.items())
+        return ((self._table.key(slot), slot) for slot in self._table.slots().tolist())
 
     def pins_total(self) -> int:
-        return sum(self._pins)
+        return int(self._pins.array.sum())
+
+    def _hold(self, slot: int, key: bytes, checksum: int, sequence: int) -> None:
+        self._table.put(slot, key)
+        self._held.view[slot] = True
+        self._checksums.view[slot] = checksum
+        self._sequences.view[slot] = sequence
+
+    def _forget(self, slot: int) -> tuple[bytes, int | None]:
+        """Takes a block out; its key and its parent's slot."""
+        assert self._held.view[slot]
+        key, parent = self._table.key(slot), self._forest.parent(slot)
+        if self._policy.on_offer(slot):
+            self._policy.withdraw(slot)
+        self._forest.release(slot, key)
+        self._table.remove(slot)
+        self._held.view[slot] = False
+        return key, parent
 
     def _evictable(self, slot: int) -> bool:
-        return self._keys[slot] is not None and self._first_child[slot] == NONE and not self._pins[slot]
-
-    def _link(self, slot: int, parent: int) -> None:
-        self._parent[slot] = parent
-        self._push(slot, self._first_child[parent])
-        self._first_child[parent] = slot
-
-    def _link_head(self, slot: int, parent_key: bytes) -> None:
-        self._parent[slot] = NONE
-        self._parent_key[slot] = parent_key
-        self._push(slot, self._heads.get(parent_key, NONE))
-        self._heads[parent_key] = slot
-
-    def _push(self, slot: int, follower: int) -> None:
-        self._previous[slot] = NONE
-        self._next[slot] = follower
-        if follower != NONE:
-            self._previous[follower] = slot
-
-    def _unlink(self, slot: int) -> None:
-        before, after, parent = self._previous[slot], self._next[slot], self._parent[slot]
-        if after != NONE:
-            self._previous[after] = before
-        if before != NONE:
-            self._next[before] = after
-        elif parent != NONE:
-            self._first_child[parent] = after
-        elif after != NONE:
-            self._heads[self._parent_key[slot]] = after
-        else:
-            del self._heads[self._parent_key[slot]]
-        self._parent_key.pop(slot, None)
-        self._parent[slot] = self._previous[slot] = self._next[slot] = NONE
-
-    def _adopt(self, slot: int, key: bytes) -> None:
-        head = self._heads.get(key, NONE)
-        while head != NONE:
-            following = self._next[head]
-            if not self._is_ancestor(head, slot):
-                self._unlink(head)
-                self._link(head, slot)
-            head = following
-
-    def _is_ancestor(self, ancestor: int, slot: int) -> bool:
-        while slot != NONE and slot != ancestor:
-            slot = self._parent[slot]
-        return slot == ancestor
+        return bool(self._held.view[slot]) and self._forest.is_leaf(slot) and not self._pins.view[slot]
 
     def check_integrity(self) -> list[str]:
         """What is wrong, in words; empty when all is well."""
-        problems: list[str] = []
-        if len(self._slot_of) != sum(key is not None for key in self._keys):
-            problems.append("keys and slots differ in number")
-        linked = 0
-        for key, slot in self._slot_of.items():
-            if self._keys[slot] != key:
-                problems.append(f"slot {slot} holds another key than the index says")
-            if (self._parent[slot] == NONE) != (slot in self._parent_key):
-                problems.append(f"slot {slot} is neither a head nor linked, or both")
-            for child in self.children(slot):
-                linked += 1
-                if self._parent[child] != slot or self._keys[child] is None:
-                    problems.append(f"slot {child} is a child of {slot} that doesn't know")
-        if linked + len(self._parent_key) != len(self._slot_of):
-            problems.append(f"{linked} linked and {len(self._parent_key)} heads of {len(self._slot_of)} blocks")
+        slots = self._table.slots()
+        problems = self._table.check_integrity() + self._forest.check_integrity(slots)
+        if not np.array_equal(np.sort(slots), np.flatnonzero(self._held.array)):
+            problems.append(f"the table has {len(slots)} blocks, {int(self._held.array.sum())} slots hold one")
+        for slot in range(len(self._held.array)):
+            if self._policy.on_offer(slot) != self._evictable(slot):
+                problems.append(f"slot {slot} is {'on' if self._policy.on_offer(slot) else 'not on'} offer")
         return problems

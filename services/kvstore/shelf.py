@@ -11,13 +11,18 @@ whole, which is harmless. A condemned block's header is erased first, so that it
 Slots of a segment that can't be written are STORED (and pinned, as evicting gains nothing) or RETIRED.
 """
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+
+import numpy as np
 
 from common.blocks import Namespace
 from services.kvstore.eviction import EvictionPolicy
 from services.kvstore.index import Index
+from services.kvstore.key_table import words
 from services.kvstore.record import Geometry
+from services.kvstore.scan import FoundBlock
 from services.kvstore.segment import Segment
 from services.kvstore.write_item import WriteItem
 
@@ -34,17 +39,19 @@ class SlotState(IntEnum):
 class Shelf:
     """Segments and blocks of one namespace. Belongs to the event loop."""
 
-    def __init__(self, namespace: Namespace, geometry: Geometry, policy: EvictionPolicy, ticks: Iterator[int]) -> None:
+    def __init__(
+        self, namespace: Namespace, geometry: Geometry, policy: EvictionPolicy, ticks: Iterator[int], slots_expected: int = 0
+    ) -> None:
         self.namespace = namespace
         self.namespace_bytes = bytes.fromhex(namespace)
         self.geometry = geometry
         self.policy = policy
-        self.index = Index(policy, ticks)
+        self.index = Index(policy, ticks, slots_expected)
         self.segments: dict[int, Segment] = {}
         self.in_flight: dict[bytes, WriteItem] = {}
         self.preparing = 0  # requests that wait for space here
         self._state = bytearray()
-        self._free: list[int] = []
+        self._free = array("i")
 
     def __repr__(self) -> str:
         return f"Shelf({self.namespace[:8]}, segments={len(self.segments)}, blocks={len(self.index)}, free={self.free_slots})"
@@ -82,7 +89,7 @@ class Shelf:
         """Lets go of a segment whose slots are all FREE or RETIRED."""
         slots = self.segment_slots(number)
         assert all(self._state[slot] in (SlotState.FREE, SlotState.RETIRED) for slot in slots)
-        self._free = [slot for slot in self._free if slot not in slots]
+        self._free = array("i", [slot for slot in self._free if slot not in slots])
         self._state[slots.start : slots.stop] = bytes(len(slots))
         return self.segments.pop(number)
 
@@ -142,12 +149,23 @@ class Shelf:
         self._move(slot, SlotState.RETIRED, SlotState.FREE)
         self._free.append(slot)
 
-    def store_found(self, slot: int, key: bytes, parent: bytes, checksum: int, sequence: int) -> None:
-        """While opening: a block was found in this slot."""
-        self._move(slot, SlotState.RETIRED, SlotState.STORED)
-        self.index.insert(slot, key, parent, checksum, sequence)
-        if not self.place(slot)[0].writable:
-            self.index.pin(slot)
+    def store_found(self, found: Sequence[FoundBlock]) -> None:
+        """While opening: blocks were found, all different, in the order in which they were written."""
+        slots = np.array([self.segment_slots(block.segment).start + block.slot for block in found], np.int32)
+        for slot in slots.tolist():
+            self._move(slot, SlotState.RETIRED, SlotState.STORED)
+        sequences = np.array([block.sequence for block in found], np.uint64)
+        self.index.insert_all(
+            slots,
+            words(b"".join(block.key for block in found)),
+            words(b"".join(block.parent for block in found)),
+            np.array([block.checksum for block in found], np.uint32),
+            sequences,
+            sequences,
+        )
+        for slot in slots.tolist():
+            if not self.place(slot)[0].writable:
+                self.index.pin(slot)
 
     def segment_slots(self, number: int) -> range:
         per_segment = self.geometry.slots_per_segment

@@ -76,12 +76,12 @@ class Space:
         geometry = self.geometry(payload_bytes)
         if geometry.segment_bytes > self.budget_bytes:
             return None
-        self.shelves[namespace] = Shelf(namespace, geometry, LeafLru(), ticks)
-        return self.shelves[namespace]
+        return self.add_found(namespace, geometry, ticks)
 
     def add_found(self, namespace: Namespace, geometry: Geometry, ticks: Iterator[int]) -> Shelf:
-        """At start: the shelf of a namespace that is on disk."""
-        shelf = self.shelves[namespace] = Shelf(namespace, geometry, LeafLru(), ticks)
+        """The shelf of a namespace, which at start is found on disk."""
+        slots_expected = self.budget_bytes // geometry.slot_bytes
+        shelf = self.shelves[namespace] = Shelf(namespace, geometry, LeafLru(), ticks, slots_expected)
         return shelf
 
     def geometry(self, payload_bytes: int) -> Geometry:

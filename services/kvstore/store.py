@@ -26,6 +26,7 @@ from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken
+from services.kvstore.column import NO_SLOTS
 from services.kvstore.files import Files, FolderLock, direct_io_works
 from services.kvstore.intake import Intake
 from services.kvstore.io_pool import IoPool
@@ -100,7 +101,7 @@ class Store:
             direct=self.direct,
             clock=clock,
         )
-        self._ticks = itertools.count(1)
+        self._ticks = itertools.count(1)  # goes on behind the sequences on disk, which stand for the uses before
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
         self._lease_ended = asyncio.Event()
         self._erasing: set[asyncio.Task[None]] = set()
@@ -128,6 +129,7 @@ class Store:
     def _load(self) -> None:
         started_s = time.monotonic()
         found, counts, last = scan(self._files, self._root, direct=self.direct, threads=self.options.read_threads)
+        self._ticks = itertools.count(last + 1)
         for one in found:
             self.space.unusable_numbers[one.namespace] = one.unusable_numbers
             self._load_namespace(one)
@@ -154,8 +156,7 @@ class Store:
         for segment, slot in reversed(one.free):
             if by_number[segment].writable:
                 shelf.free(first_slot[segment] + slot)
-        for block in one.blocks:
-            shelf.store_found(first_slot[block.segment] + block.slot, block.key, block.parent, block.checksum, block.sequence)
+        shelf.store_found(one.blocks)
 
     # Reading
 
@@ -163,17 +164,17 @@ class Store:
         """The longest stored prefix of a chain, leased if asked for. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         shelf = self.space.shelves.get(namespace)
-        slots = shelf.index.prefix(keys) if shelf is not None else []
+        slots = shelf.index.prefix(keys) if shelf is not None else NO_SLOTS
         self.metrics.lookups += 1
         self.metrics.lookup_blocks += len(keys)
         self.metrics.hit_blocks += len(slots)
-        if shelf is None or not slots or not lease:
+        if shelf is None or not len(slots) or not lease:
             return Found(len(slots), None, 0.0)
         self.leases.check_room()
         index = shelf.index
         index.touch(slots)
-        index.pin(slots[-1])
-        granted = ReadLease(shelf, array("I", slots), array("Q", map(index.sequence, slots)))
+        index.pin(int(slots[-1]))
+        granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Found(len(slots), token, granted_s)
 
