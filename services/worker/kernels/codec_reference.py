@@ -59,7 +59,8 @@ def _codes(scaled: Tensor, codec: str) -> Tensor:
     if codec == "int8":
         return nearest.view(torch.uint8)
     pairs = (nearest + 8).view(torch.uint8).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | pairs[..., 1] << 4
+    packed: Tensor = pairs[..., 0] | pairs[..., 1] << 4
+    return packed
 
 
 def _values(codes: Tensor, codec: str) -> Tensor:
