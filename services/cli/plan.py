@@ -60,7 +60,7 @@ def services(settings: UpSettings, model: Path, layout: Layout, nats_url: str, e
     """Everything but NATS. All of it may start at once: members find each other over NATS."""
     common = ["--nats", nats_url, "--log-format", "json", *_set(settings, "otlp_endpoint", "log_level")]
     worker = [*common, "--host", "127.0.0.1", "--port", "0", "--model", str(model), "--run-dir", str(layout.run)]
-    worker += _set(settings, "dtype", "block_tokens", "context_tokens", "device", "threads", "transport")
+    worker += _set(settings, "dtype", "block_tokens", "context_tokens", "codec", "device", "threads", "transport")
     store = [*common, "--host", "127.0.0.1", "--port", "0", "--run-dir", str(layout.run)]
     router = [*common, "--host", settings.host, "--port", str(settings.port), "--model", str(model)]
     router += [] if settings.kvstore else ["--no-ready-needs-kvstore"]

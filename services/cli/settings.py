@@ -31,6 +31,10 @@ class UpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ] = None
     block_tokens: Annotated[int, Meta(ge=0, description="tokens per KV block; unset: chosen from the model")] | None = None
     context_tokens: Annotated[int, Meta(ge=0, description="longest prompt plus output; unset: the model's limit")] | None = None
+    codec: Annotated[
+        Literal["raw", "fp8", "int8", "int4"] | None,
+        Meta(description="how the reservoir keeps KV: raw, fp8, int8 or int4; unset: left to the workers"),
+    ] = None
     device: Annotated[str | None, Meta(description="torch device of the workers; unset: left to the workers")] = None
     threads: Annotated[int, Meta(ge=0, description="CPU threads of each worker; unset: left to the workers")] | None = None
     transport: Annotated[

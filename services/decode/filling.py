@@ -23,7 +23,7 @@ from common.routes import Plan
 from common.transport.interface import Endpoint, LeaseToken
 from services.decode.prefill_client import PrefillPeers
 from services.worker.engine.types import LoadedKv
-from services.worker.loading import Reader, Stored
+from services.worker.loading import Form, Reader, Stored
 from services.worker.requests import DecodeRequest, Flow, PrefillProgress, PrefillRequest, Report, StageLease
 from services.worker.stage import Lease, Right, Stage
 
@@ -91,7 +91,7 @@ class Filler:
         slots = self._stage.reserve(stored.blocks)
         good = 0
         try:
-            loaded = await self._reader.load(stored, slots, request.deadline_s)
+            loaded = await self._reader.load(stored, slots, request.deadline_s, Form.STORED)
             good = loaded.blocks
         finally:
             self._stage.free(slots[good:])
@@ -105,8 +105,8 @@ class Filler:
             return Filled()
         report.plan = Plan.DIRECT
         report.cached_tokens = good * self._block_tokens
-        kv = LoadedKv(report.cached_tokens, self._views(slots[:good]), self._freer(slots[:good]))
-        return Filled(kv, slots[:good], good)
+        views = [self._stage.view(slot, 0, loaded.bytes_per_block) for slot in slots[:good]]
+        return Filled(LoadedKv(report.cached_tokens, views, self._freer(slots[:good])), slots[:good], good)
 
     async def _by_prefill(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
         """Has a prefill worker fill the whole prompt and sample the first token.

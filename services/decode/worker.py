@@ -24,7 +24,8 @@ class DecodeWorker:
         self._prefills = PrefillPeers(node.model.namespace)
         pending_max = max(1, node.engine.load.pool_blocks_total // WRITE_PENDING_SHARE)
         self._writer = Writer(
-            node.engine, node.stage, node.send_slots, node.transports, node.stores, node.model.namespace, layout.block_tokens, pending_max
+            node.engine, node.stage, node.send_slots, node.transports, node.stores, node.codec, node.model.namespace, layout.block_tokens,
+            pending_max,
         )  # fmt: skip
         filler = Filler(
             node.stage, lambda: node.endpoint, node.reader, self._prefills, layout.block_tokens, node.settings.lease_s

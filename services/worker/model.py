@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.blocks import Namespace
+from common.codec import CodecName, StoredLayout
 from common.errors import SettingsError, UnsupportedModel
 from common.kv_layout import DTYPE_BYTES, KvLayout, default_block_tokens, namespace_of
 from services.worker import checkpoint as checkpoints
 from services.worker.checkpoint import Checkpoint, OnProgress
+from services.worker.codec import DTYPES
 from services.worker.engine import attention
-from services.worker.engine.pool import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class LoadedModel:
 
     Attributes:
         model: the `transformers` causal LM, in eval mode on `device`.
+        stored: the KV layout, and how the reservoir keeps it.
         context_tokens: longest prompt plus output.
         kernels: whether the compiled CPU kernels serve it.
         torch_multiplies: some of its matrix products are left to torch.
@@ -62,7 +64,7 @@ class LoadedModel:
 
     model: Any
     config: Any
-    layout: KvLayout
+    stored: StoredLayout
     namespace: Namespace
     context_tokens: int
     vocab_size: int
@@ -70,6 +72,10 @@ class LoadedModel:
     dtype: torch.dtype
     kernels: bool = False
     torch_multiplies: bool = True
+
+    @property
+    def layout(self) -> KvLayout:
+        return self.stored.raw
 
 
 def load_model(
@@ -79,6 +85,7 @@ def load_model(
     dtype: str = "auto",
     block_tokens: int = 0,
     context_tokens: int = 0,
+    codec: CodecName = "raw",
     kernels: str = "auto",
     threads: int = 0,
     on_progress: OnProgress | None = None,
@@ -92,7 +99,7 @@ def load_model(
 
     Raises:
         UnsupportedModel: the directory or its configuration can't be served; names what and why.
-        SettingsError: `device`, `block_tokens` or `context_tokens` don't fit.
+        SettingsError: `device`, `block_tokens`, `context_tokens` or `codec` don't fit.
     """
     directory = Path(directory)
     place = resolve_device(device)
@@ -101,6 +108,7 @@ def load_model(
     config = read_config(checkpoint)
     dtype = resolve_dtype(checkpoint, config, dtype)
     layout = layout_of(config, dtype, block_tokens)
+    stored = StoredLayout(layout, codec)
     context = resolve_context(config, context_tokens)
     with ThreadPoolExecutor(max_workers=1) as hashing:
         digest = hashing.submit(checkpoints.weights_digest, checkpoint, on_progress)
@@ -112,8 +120,8 @@ def load_model(
     return LoadedModel(
         model=model,
         config=config,
-        layout=layout,
-        namespace=namespace_of(layout, weights, checkpoints.config_digest(checkpoint.config)),
+        stored=stored,
+        namespace=namespace_of(layout, weights, checkpoints.config_digest(checkpoint.config), codec),
         context_tokens=context,
         vocab_size=config.vocab_size,
         device=place,

@@ -32,6 +32,7 @@ from common.transport.pool import TransportPool
 from common.transport.reception import Reception
 from common.transport.server import serve_bytes
 from common.wire import endpoint_to_pb
+from services.worker.codec import Codec
 from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.types import StepResult
@@ -89,7 +90,8 @@ class Node:
         self.send_slots = SlotPool(self.stage.reserve(SEND_SLOTS))
         self.transports = TransportPool(self.stage.region, prefer=settings.transport)
         self.stores = KvStores()
-        self.reader = Reader(self.stage, self.transports, self.stores)
+        self.codec = Codec(model.stored)
+        self.reader = Reader(self.stage, self.transports, self.stores, self.codec)
 
     def _on_step(self, result: StepResult) -> None:
         if self.listener is not None:
@@ -148,7 +150,7 @@ class Node:
             draining=self.draining,
             load=pb.Load(**msgspec.structs.asdict(self.load())),
             bytes_endpoint=endpoint_to_pb(self.endpoint),
-            codec="raw",
+            codec=self.model.stored.codec,
         )
 
 
@@ -159,7 +161,7 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
     model = await loading
     async with AsyncExitStack() as stack:
         node = Node(role, settings, model)
-        log.event("model_loaded", namespace=model.namespace, layout=msgspec.to_builtins(model.layout), context_tokens=node.context_tokens,
+        log.event("model_loaded", namespace=model.namespace, layout=msgspec.to_builtins(model.layout), codec=model.stored.codec, context_tokens=node.context_tokens,
                   dtype=str(model.dtype), device=str(model.device), kernels=model.kernels)  # fmt: skip
         tracing.setup(role, node.id, settings.otlp_endpoint)
         stack.callback(tracing.shutdown)
@@ -203,6 +205,7 @@ def _load(settings: WorkerSettings) -> LoadedModel:
         device=settings.device,
         dtype=settings.dtype,
         block_tokens=settings.block_tokens,
+        codec=settings.codec,
         context_tokens=settings.context_tokens,
         kernels=settings.kernels,
         threads=settings.threads,

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from common.codec import CodecName
+
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One worker. Addresses are host:port; port 0 takes a free one and reports it."""
@@ -39,6 +41,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     block_tokens: Annotated[
         int, Meta(ge=0, le=1024, description="tokens per KV block, a power of two; 0: chosen from the model")
     ] = 0
+    codec: Annotated[
+        CodecName, Meta(description="how the reservoir keeps KV: raw (exact), fp8, int8 or int4 (smaller, with a measured loss)")
+    ] = "raw"
     context_tokens: Annotated[int, Meta(ge=0, description="longest prompt plus output; 0: the model's own limit")] = 0
     pool_bytes: Annotated[int, Meta(ge=0, description="KV memory of the engine; 0: chosen from the machine")] = 0
     stage_bytes: Annotated[int, Meta(ge=0, description="shared-memory stage for transfers; 0: chosen from the machine")] = 0

@@ -3,9 +3,9 @@
 A `Chain` follows one sequence:
 
 1. `offer` says how many leading tokens are computed; newly full blocks go into a bounded lane.
-2. The lane asks the kvstore which of them it wants, copies those from the pool into a few stage
+2. The lane asks the kvstore which of them it wants, encodes those out of the pool into a few stage
    slots kept for this, and sends them, parents first.
-3. A full lane, a refusal or any failure drops the rest of that chain: a block without its parent
+3. A full lane, a refusal, values that the codec can't store or any failure drops the rest of that chain: a block without its parent
    would never be found.
 4. When the sequence is over and nothing of it is pending, its pool blocks are released.
 """
@@ -21,6 +21,7 @@ from common.errors import PenstockError
 from common.logs import Log
 from common.transport.interface import Part, PartStatus
 from common.transport.pool import TransportPool
+from services.worker.codec import Codec
 from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
 from services.worker.loading import KvStores
@@ -78,13 +79,14 @@ class Writer:
 
     def __init__(
         self, engine: EngineLoop, stage: Stage, slots: SlotPool, transports: TransportPool, stores: KvStores,
-        namespace: Namespace, block_tokens: int, pending_max: int,
+        codec: Codec, namespace: Namespace, block_tokens: int, pending_max: int,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._stage = stage
         self._slots = slots
         self._transports = transports
         self._stores = stores
+        self._codec = codec
         self._namespace = namespace
         self._block_tokens = block_tokens
         self._pending_max = pending_max
@@ -186,7 +188,7 @@ class Writer:
     async def _write(self, chain: Chain, first: int, last: int) -> bool:
         """Whether blocks `[first, last)` are stored now."""
         keys = chain.keys(last, self._block_tokens)
-        size = self._stage.bytes_per_slot
+        size = self._codec.bytes_per_block
         metas = [BlockMeta(keys[block], chain.parent_of(block), size) for block in range(first, last)]
         store = self._stores.at(chain.kvstore)
         reservation = await store.reserve(self._namespace, metas, WRITE_DEADLINE_S)
@@ -197,13 +199,14 @@ class Writer:
             return complete
         blocks = [first + i for i in wanted]
         try:
-            if chain.staged:
-                statuses = await self._send(reservation, wanted, [chain.staged[block] for block in blocks])
-            else:
-                async with self._slots.lend(len(wanted)) as slots:
-                    copies = [(block, self._stage.view(slot)) for block, slot in zip(blocks, slots, strict=True)]
-                    await self._engine.call(lambda engine: _export(engine, chain.sequence_id, copies))
-                    statuses = await self._send(reservation, wanted, slots)
+            async with self._slots.lend(len(wanted)) as slots:
+                views = [self._stage.view(slot, 0, size) for slot in slots]
+                if chain.staged:
+                    await self._encode_staged([chain.staged[block] for block in blocks], views)
+                else:
+                    copies = list(zip(blocks, views, strict=True))
+                    await self._engine.call(lambda engine: _encode(engine, chain.sequence_id, copies))
+                statuses = await self._send(reservation, wanted, slots)
         finally:
             await store.release(reservation.token)
         stored = sum(status is PartStatus.OK for status in statuses)
@@ -211,18 +214,24 @@ class Writer:
         self.written_bytes += stored * size
         return complete and stored == len(wanted)
 
+    async def _encode_staged(self, staged: Sequence[int], views: Sequence[memoryview]) -> None:
+        for slot, view in zip(staged, views, strict=True):
+            self._codec.encode(self._stage.view(slot), view)
+            await asyncio.sleep(0)  # let others in after each block
+
     async def _send(self, reservation: Reservation, items: Sequence[int], slots: Sequence[int]) -> list[PartStatus]:
         assert reservation.token is not None
         transport = self._transports.transport(reservation.endpoint)
-        parts = [Part(item, 0, self._stage.bytes_per_slot) for item in items]
-        spans = [self._stage.span(slot) for slot in slots]
+        size = self._codec.bytes_per_block
+        parts = [Part(item, 0, size) for item in items]
+        spans = [self._stage.span(slot, 0, size) for slot in slots]
         return await transport.write(reservation.token, parts, spans, deadline_s=WRITE_DEADLINE_S)
 
 
-def _export(engine: Engine, sequence_id: str, copies: Sequence[tuple[int, memoryview]]) -> None:
-    """On the engine's thread: copies single blocks into the views."""
+def _encode(engine: Engine, sequence_id: str, copies: Sequence[tuple[int, memoryview]]) -> None:
+    """On the engine's thread: single blocks into the views, as they are stored."""
     for block, view in copies:
-        engine.export(sequence_id, block, block + 1, [view])
+        engine.encode(sequence_id, block, view)
 
 
 class _Lane:

@@ -51,7 +51,7 @@ def test_a_cluster_without_kvstore_is_ready_without_one() -> None:
 
 def test_every_flag_is_one_its_service_knows() -> None:
     everything = planned(
-        "--dtype", "float32", "--block-tokens", "16", "--context-tokens", "64", "--device", "cpu", "--threads", "1",
+        "--dtype", "float32", "--block-tokens", "16", "--context-tokens", "64", "--codec", "int8", "--device", "cpu", "--threads", "1",
         "--transport", "tcp", "--otlp-endpoint", "http://x:1", "--log-level", "debug", "--kvstore", "1",
     )  # fmt: skip
     for spec in everything:

@@ -1,12 +1,12 @@
 """What makes a sequence unservable whatever runs at the moment. Pure."""
 
+from common.codec import StoredLayout
 from common.errors import ContextExceeded, InvalidRequest
-from common.kv_layout import KvLayout
 from services.worker.engine.pool import blocks_for
 from services.worker.engine.types import LoadedKv, NewSequence
 
 
-def check(new: NewSequence, layout: KvLayout, context_tokens: int, vocab_size: int) -> None:
+def check(new: NewSequence, stored: StoredLayout, context_tokens: int, vocab_size: int) -> None:
     """Raises `InvalidRequest` or `ContextExceeded` with the value that is wrong and what would be right."""
     tokens, limit = len(new.prompt) + len(new.output), new.sampling.max_tokens
     if not new.prompt:
@@ -25,16 +25,19 @@ def check(new: NewSequence, layout: KvLayout, context_tokens: int, vocab_size: i
     if len(new.output) >= limit:
         raise InvalidRequest(f"{len(new.output)} of max_tokens = {limit} are generated already", param="max_tokens")
     if new.kv is not None:
-        _check_kv(new.kv, tokens, layout)
+        _check_kv(new.kv, tokens, stored)
 
 
-def _check_kv(kv: LoadedKv, tokens: int, layout: KvLayout) -> None:
-    needed = blocks_for(kv.tokens, layout.block_tokens)
+def _check_kv(kv: LoadedKv, tokens: int, stored: StoredLayout) -> None:
+    needed = blocks_for(kv.tokens, stored.raw.block_tokens)
+    full = kv.tokens // stored.raw.block_tokens  # a partial block is never encoded
+    sizes = [{stored.raw.bytes_per_block} | ({stored.bytes_per_block} if block < full else set()) for block in range(needed)]
     if not 0 <= kv.tokens < tokens:
         raise InvalidRequest(f"KV of {kv.tokens} tokens for a sequence of {tokens}: at least one token must be computed")
-    if len(kv.buffers) != needed or any(buffer.nbytes != layout.bytes_per_block for buffer in kv.buffers):
-        sizes = sorted({buffer.nbytes for buffer in kv.buffers})
+    if len(kv.buffers) != needed or any(buffer.nbytes not in fit for buffer, fit in zip(kv.buffers, sizes, strict=True)):
+        given = sorted({buffer.nbytes for buffer in kv.buffers})
+        encoded = "" if stored.codec == "raw" else f", or full ones of {stored.bytes_per_block} as {stored.codec}"
         raise InvalidRequest(
-            f"KV of {kv.tokens} tokens comes in {len(kv.buffers)} buffers of {sizes} bytes; "
-            f"expected {needed} of {layout.bytes_per_block}"
+            f"KV of {kv.tokens} tokens comes in {len(kv.buffers)} buffers of {given} bytes; "
+            f"expected {needed} of {stored.raw.bytes_per_block}{encoded}"
         )

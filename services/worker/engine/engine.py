@@ -69,7 +69,7 @@ class Engine:
         blocks = pool_blocks(model.layout, pool_bytes, model.context_tokens, sequences_max, model.device)
         self.context_tokens = min(model.context_tokens, blocks * block_tokens)
         self.pool = BlockPool(
-            model.layout, blocks, model.device, touched_blocks=min(blocks, blocks_for(self.context_tokens, block_tokens))
+            model.stored, blocks, model.device, touched_blocks=min(blocks, blocks_for(self.context_tokens, block_tokens))
         )
         self._scheduler = Scheduler(
             self.pool.allocator,
@@ -91,7 +91,7 @@ class Engine:
 
     def check(self, new: NewSequence) -> None:
         """Raises what makes `new` unservable, whatever runs at the moment. Pure; any thread may call it."""
-        admission.check(new, self.layout, self.context_tokens, self.model.vocab_size)
+        admission.check(new, self.model.stored, self.context_tokens, self.model.vocab_size)
 
     def add(self, new: NewSequence) -> None:
         """Queues a sequence. On any error `new.kv` is given back too: `on_copied` is called exactly once in every outcome."""
@@ -145,6 +145,11 @@ class Engine:
         tokens = sequence.computed - first_block * self.layout.block_tokens
         count = last_block - first_block
         self.pool.export(sequence.blocks[first_block:last_block], out, min(tokens, count * self.layout.block_tokens))
+
+    def encode(self, sequence_id: str, block: int, out: memoryview) -> None:
+        """One full block of a live or held sequence in its stored form."""
+        sequence = self._with_blocks(sequence_id, block, block + 1, full=True)
+        self.pool.encode(sequence.blocks[block], out)
 
     def retain(self, sequence_id: str, first_block: int, last_block: int) -> Span:
         """Keeps full blocks `[first_block, last_block)` until `release_span`, whatever becomes of the sequence."""

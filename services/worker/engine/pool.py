@@ -2,7 +2,7 @@
 
 `BlockAllocator` is pure bookkeeping: a block is free, or it has one or more holders (a sequence, a
 retained span). `BlockPool` owns the tensor `[block, layer, k|v, token, kv_head, head_dim]`, so that one
-block is one contiguous record: the block as it is stored and sent.
+block is one contiguous record: the block as it is sent, and as the codec `raw` stores it.
 
 The pool starts zeroed and never keeps a non-finite value past its sequence (`scrub`): attention masks
 keys it must not see, but a masked NaN in `v` would still spread.
@@ -14,12 +14,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from common.codec import StoredLayout
 from common.kv_layout import KvLayout
 from common.machine import memory_bytes
+from services.worker.codec import DTYPES, Codec
 
 # A worker shares its machine with three others and the page cache that serves the SSD.
 MEMORY_SHARE = 1 / 8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def blocks_for(tokens: int, block_tokens: int) -> int:
@@ -70,10 +71,12 @@ class BlockAllocator:
 
 
 class BlockPool:
-    """The tensor of all blocks, and copies between it and records in host memory."""
+    """The tensor of all blocks, and copies between it and buffers in host memory, raw or encoded as their length says."""
 
-    def __init__(self, layout: KvLayout, blocks: int, device: torch.device | str = "cpu", *, touched_blocks: int = 0) -> None:
+    def __init__(self, stored: StoredLayout, blocks: int, device: torch.device | str = "cpu", *, touched_blocks: int = 0) -> None:
+        layout = stored.raw
         shape = (blocks, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
+        self.codec = Codec(stored)
         self.layout = layout
         self.tensor = _zeros(shape, DTYPES[layout.dtype], torch.device(device), touched_blocks * layout.bytes_per_block)
         self.allocator = BlockAllocator(blocks)
@@ -81,20 +84,36 @@ class BlockPool:
         assert self._records.shape[1] == layout.bytes_per_block
         self._host: np.ndarray | None = self._records.numpy() if self.tensor.device.type == "cpu" else None
 
-    def load(self, block_ids: Sequence[int], records: Sequence[memoryview], tokens: int) -> None:
-        """Copies records into blocks; what a partial last record holds past `tokens` is zeroed."""
-        for block, record in zip(block_ids, records, strict=True):
-            source = np.frombuffer(record, dtype=np.uint8)
-            if self._host is not None:
-                self._host[block] = source
+    def load(self, block_ids: Sequence[int], buffers: Sequence[memoryview], tokens: int) -> None:
+        """Copies or decodes buffers into blocks; what a partial last one holds past `tokens` is zeroed."""
+        for block, buffer in zip(block_ids, buffers, strict=True):
+            if self._host is None:
+                self._upload(block, buffer)
+            elif self.codec.encodes(buffer):
+                self.codec.decode(buffer, memoryview(self._host[block]))
             else:
-                self._records[block].copy_(torch.from_numpy(source.copy()))
+                self._host[block] = np.frombuffer(buffer, dtype=np.uint8)
         tail = tokens % self.layout.block_tokens
         if tail:
             self.tensor[block_ids[-1], :, :, tail:] = 0
 
+    def _upload(self, block: int, buffer: memoryview) -> None:
+        """Encoded bytes cross to the device as they are and are decoded there."""
+        there = torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8).copy()).to(self.tensor.device)
+        if self.codec.encodes(buffer):
+            self.tensor[block].copy_(self.codec.decode_tensor(there))
+        else:
+            self._records[block].copy_(there)
+
+    def encode(self, block: int, out: memoryview) -> None:
+        """A full block in its stored form. Raises `Internal` for values that the codec can't store."""
+        if self._host is not None:
+            self.codec.encode(memoryview(self._host[block]), out)
+        else:
+            np.copyto(np.frombuffer(out, dtype=np.uint8), self.codec.encode_tensor(self.tensor[block]).cpu().numpy())
+
     def export(self, block_ids: Sequence[int], out: Sequence[memoryview], tokens: int) -> None:
-        """Copies blocks out; `tokens` is how many they hold. The rest of a partial block leaves as zeros: it may
+        """Copies raw blocks out; `tokens` is how many they hold. The rest of a partial block leaves as zeros: it may
         hold another sequence's KV."""
         for block, record in zip(block_ids, out, strict=True):
             target = np.frombuffer(record, dtype=np.uint8)

@@ -30,7 +30,8 @@ class LoadedKv(msgspec.Struct, frozen=True):
 
     Attributes:
         tokens: how many leading tokens the buffers hold; not necessarily a whole number of blocks.
-        buffers: one full-block record each (`KvLayout.bytes_per_block` bytes), ceil(tokens / block_tokens) of them.
+        buffers: ceil(tokens / block_tokens) of them, one block each: a raw record (`KvLayout.bytes_per_block` bytes) or,
+            for a full block, its stored form (`StoredLayout.bytes_per_block`); they may be mixed.
         on_copied: called once, on the engine's thread, when the buffers are no longer needed,
             whether the sequence was admitted or dropped.
     """

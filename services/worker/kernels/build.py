@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from common.errors import Unavailable
 
-SOURCES = ("simd.h", "pool.h", "linear.h", "attention.h", "rows.h", "kernels.c")
+SOURCES = ("simd.h", "pool.h", "linear.h", "attention.h", "rows.h", "codec.h", "kernels.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_DEADLINE_S = 120  # takes about 7 s alone on one core

@@ -67,6 +67,11 @@ def set_threads(count: int | None) -> None:
     _threads = count
 
 
+def threads() -> int:
+    """How many threads the kernels use now."""
+    return _threads or torch.get_num_threads()
+
+
 def available() -> bool:
     """Whether the compiled kernels are loaded; `BUILD.reason` says why or from where."""
     return BUILD.library is not None
@@ -86,7 +91,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous(), f"bias {tuple(bias.shape)} {bias.dtype}"
         bias_at = bias.data_ptr()
     m = x.numel() // k
-    _linear(kind, m, n, k, x.data_ptr(), w.data_ptr(), bias_at, y.data_ptr(), _threads or torch.get_num_threads())
+    _linear(kind, m, n, k, x.data_ptr(), w.data_ptr(), bias_at, y.data_ptr(), threads())
     return y
 
 
@@ -97,8 +102,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, *, unit_offset: bool = False) -> 
         return reference.rms_norm(x, w, eps, unit_offset=unit_offset)
     assert w.shape == (n,) and w.is_contiguous(), f"weight {tuple(w.shape)} for rows of {n}"
     y = torch.empty_like(x)
-    threads = _threads or torch.get_num_threads()
-    _rms_norm(kind, unit_offset, x.numel() // n, n, x.data_ptr(), w.data_ptr(), eps, y.data_ptr(), threads)
+    _rms_norm(kind, unit_offset, x.numel() // n, n, x.data_ptr(), w.data_ptr(), eps, y.data_ptr(), threads())
     return y
 
 
@@ -110,8 +114,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         return reference.silu_mul(gate, up)
     assert gate.shape == up.shape, f"gate {tuple(gate.shape)}, up {tuple(up.shape)}"
     y = torch.empty_like(gate)
-    threads = _threads or torch.get_num_threads()
-    _silu_mul(kind, gate.numel() // n, n, gate.data_ptr(), up.data_ptr(), y.data_ptr(), threads)
+    _silu_mul(kind, gate.numel() // n, n, gate.data_ptr(), up.data_ptr(), y.data_ptr(), threads())
     return y
 
 
@@ -209,6 +212,6 @@ def _call(
         block_table.shape[0], q_heads, kv_heads, head_dim, q.stride(0),
         block_tokens, k.stride(0), k.stride(1), k.stride(2), block_table.stride(0),
         q.data_ptr(), k.data_ptr(), v.data_ptr(), block_table.data_ptr(), out.data_ptr(), None if sinks is None else sinks.data_ptr(),
-        scale, softcap or 0.0, window or 0, KIND[q.dtype], KIND[k.dtype], _threads or torch.get_num_threads(),
+        scale, softcap or 0.0, window or 0, KIND[q.dtype], KIND[k.dtype], threads(),
     )  # fmt: skip
     return q, out, sinks, call

@@ -1,0 +1,197 @@
+// KV blocks to and from their stored form (docs/formats.md). A plane is the keys or the values of one layer:
+// [token][head][dim] in the KV dtype, or one float32 scale for each head and a code for each element.
+//
+// Every step is one correctly rounded float32 operation, so that the bytes are those of codec_reference.py. No sum follows
+// a product, which the compiler could fuse and round once.
+
+#pragma once
+#include "pool.h"
+#include "simd.h"
+#include "rows.h"
+
+enum { FP8 = 0, INT8 = 1, INT4 = 2 };  // codec_ops.py holds the same numbers
+#define PEAK_MIN 0x1p-100f             // a head below it is zeros: its scale would not have an inverse
+#define PEAK_END 0x1p127f              // a head at it, or not finite, can't be stored: decoding could overflow
+
+typedef struct {
+    long planes, tokens, heads, dim;
+    char *raw;         // plane after plane
+    uint8_t *encoded;  // layer after layer: scales of two planes, codes of two planes
+    int kind, code;
+    atomic_long unfit;  // a plane that can't be stored, or -1
+} Blocks;
+
+INLINE long code_bytes(const int code, long elements) { return code == INT4 ? elements / 2 : elements; }
+
+INLINE float levels(const int code) { return code == FP8 ? 448.0f : code == INT8 ? 127.0f : 7.0f; }
+
+typedef int16_t vh __attribute__((vector_size(32)));
+typedef int16_t vh_mem __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t vb8 __attribute__((vector_size(8)));
+typedef uint8_t vb8_mem __attribute__((vector_size(8), aligned(1), may_alias));
+typedef uint16_t vw8 __attribute__((vector_size(16)));
+typedef uint16_t vw8_mem __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t vb4 __attribute__((vector_size(4)));
+typedef uint8_t vb4_mem __attribute__((vector_size(4), aligned(1), may_alias));
+typedef uint64_t vq __attribute__((vector_size(32)));
+
+// The largest magnitude of one head: of the bits, so that a NaN is larger than everything.
+INLINE float peak_of(const int kind, const char *head, long tokens, long stride, long dim) {
+    uint32_t bits = 0;
+    if (kind == BF16) {
+        vh top = {};
+        for (long t = 0; t < tokens; t++)
+            for (long e = 0; e < dim; e += GROUP) {
+                vh x = *(const vh_mem *)at(head, kind, t * stride + e) & 0x7fff;
+                vh above = x > top;
+                top = (x & above) | (top & ~above);
+            }
+        for (int i = 0; i < GROUP; i++) bits = (uint32_t)top[i] > bits ? (uint32_t)top[i] : bits;
+        bits <<= 16;
+    } else {
+        vi top = {};
+        for (long t = 0; t < tokens; t++)
+            for (long e = 0; e < dim; e += VL) {
+                vi x = (vi)load((const float *)at(head, kind, t * stride + e)) & 0x7fffffff;
+                vi above = x > top;
+                top = (x & above) | (top & ~above);
+            }
+        for (int i = 0; i < VL; i++) bits = (uint32_t)top[i] > bits ? (uint32_t)top[i] : bits;
+    }
+    float peak;
+    memcpy(&peak, &bits, 4);
+    return peak;
+}
+
+INLINE vu nearest(vf v) {  // ties to even
+#ifdef __AVX2__
+    return (vu)_mm256_cvtps_epi32((__m256)v);
+#else
+    vi n;
+    for (int i = 0; i < VL; i++) n[i] = (int32_t)lrintf(v[i]);
+    return (vu)n;
+#endif
+}
+
+INLINE vu code_of(const int code, vf scaled) {
+    if (code == INT8) return nearest(scaled) & 0xff;
+    if (code == INT4) return nearest(scaled) + 8;
+    vu bits = (vu)scaled, sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
+    vu normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);  // bias 127 to 7, ties to even
+    vu small = (vu)((vi)size < 0x3c800000);                                // below 2^-6: multiples of 2^-9
+    return sign | (small & nearest((vf)size * 512.0f)) | (~small & normal);
+}
+
+INLINE vf value_of(const int code, vu codes) {  // of codes that were zero-extended
+    if (code == INT8) return __builtin_convertvector((vi)(codes << 24) >> 24, vf);
+    if (code == INT4) return __builtin_convertvector((vi)codes - 8, vf);
+    vu size = codes & 0x7f;
+    vu small = (vu)((vi)size < 8);
+    vu bits = (size << 20) + (120u << 23) + (small & 1u << 23);  // a small one as 2^-6 and its fraction,
+    vu magnitude = (vu)((vf)bits - (vf)(small & 0x3c800000u));   // less the 2^-6
+    return (vf)(magnitude | (codes & 0x80) << 24);
+}
+
+// Sixteen elements at p as codes.
+INLINE void encode_group(const int kind, const int code, const void *p, vf inverse, uint8_t *out) {
+    vu first = code_of(code, load_half(kind, p, 0) * inverse), second = code_of(code, load_half(kind, p, 1) * inverse);
+    if (kind == BF16 && code == INT4)
+        *(vb8_mem *)out = __builtin_convertvector(first | second << 4, vb8);
+    else if (kind == BF16)
+        *(vw8_mem *)out = __builtin_convertvector(first | second << 8, vw8);
+    else if (code == INT4) {
+        *(vb4_mem *)out = __builtin_convertvector(((vq)first & 0xf) | ((vq)first >> 28 & 0xf0), vb4);
+        *(vb4_mem *)(out + 4) = __builtin_convertvector(((vq)second & 0xf) | ((vq)second >> 28 & 0xf0), vb4);
+    } else {
+        *(vb8_mem *)out = __builtin_convertvector(first, vb8);
+        *(vb8_mem *)(out + 8) = __builtin_convertvector(second, vb8);
+    }
+}
+
+INLINE void store_finite_pair(const int kind, void *p, vf first, vf second) {  // of bfloat16: no NaN but the plain one
+    if (kind == F32) {
+        store(p, first);
+        store((float *)p + VL, second);
+    } else {
+        vu low = (vu)first, high = (vu)second;
+        low = (low + 0x7fffu + (low >> 16 & 1u)) >> 16;
+        high = (high + 0x7fffu + (high >> 16 & 1u)) & 0xffff0000u;
+        *(vu_mem *)p = low | high;
+    }
+}
+
+INLINE void decode_group(const int kind, const int code, const uint8_t *codes, vf scale, void *p) {
+    vu first, second;
+    if (kind == BF16 && code == INT4) {
+        vu pairs = __builtin_convertvector(*(const vb8_mem *)codes, vu);
+        first = pairs & 0xf, second = pairs >> 4;
+    } else if (kind == BF16) {
+        vu pairs = __builtin_convertvector(*(const vw8_mem *)codes, vu);
+        first = pairs & 0xff, second = pairs >> 8;
+    } else if (code == INT4) {
+        vq low = __builtin_convertvector(*(const vb4_mem *)codes, vq), high = __builtin_convertvector(*(const vb4_mem *)(codes + 4), vq);
+        first = (vu)((low & 0xf) | low >> 4 << 32), second = (vu)((high & 0xf) | high >> 4 << 32);
+    } else {
+        first = __builtin_convertvector(*(const vb8_mem *)codes, vu);
+        second = __builtin_convertvector(*(const vb8_mem *)(codes + 8), vu);
+    }
+    store_finite_pair(kind, p, value_of(code, first) * scale, value_of(code, second) * scale);
+}
+
+// Where plane `number` keeps its scales, and its codes.
+INLINE uint8_t *codes_of(const int code, const Blocks *b, long number, float **scales) {
+    long plane = code_bytes(code, b->tokens * b->heads * b->dim), all_scales = 2 * b->heads * (long)sizeof(float);
+    uint8_t *layer = b->encoded + number / 2 * (all_scales + 2 * plane);
+    *scales = (float *)layer + number % 2 * b->heads;
+    return layer + all_scales + number % 2 * plane;
+}
+
+INLINE void encode_plane(const int kind, const int code, Blocks *b, long number) {
+    long stride = b->heads * b->dim;
+    const char *plane = b->raw + number * b->tokens * stride * bytes_of(kind);
+    float *scales;
+    uint8_t *codes = codes_of(code, b, number, &scales);
+    for (long h = 0; h < b->heads; h++) {
+        const char *head = at(plane, kind, h * b->dim);
+        float peak = peak_of(kind, head, b->tokens, stride, b->dim);
+        if (!(peak < PEAK_END)) {
+            atomic_store(&b->unfit, number);
+            return;
+        }
+        float scale = peak < PEAK_MIN ? 0.0f : peak / levels(code);
+        vf inverse = splat(peak < PEAK_MIN ? 0.0f : levels(code) / peak);
+        memcpy(scales + h, &scale, sizeof scale);
+        for (long t = 0; t < b->tokens; t++)
+            for (long e = 0; e < b->dim; e += GROUP)
+                encode_group(kind, code, at(head, kind, t * stride + e), inverse, codes + code_bytes(code, t * stride + h * b->dim + e));
+    }
+}
+
+INLINE void decode_plane(const int kind, const int code, Blocks *b, long number) {
+    long stride = b->heads * b->dim;
+    char *plane = b->raw + number * b->tokens * stride * bytes_of(kind);
+    float *scales;
+    const uint8_t *codes = codes_of(code, b, number, &scales);
+    for (long h = 0; h < b->heads; h++) {
+        float value;
+        memcpy(&value, scales + h, sizeof value);
+        vf scale = splat(value < INFINITY && value >= 0.0f ? value : NAN);  // damage stays visible
+        char *head = (char *)at(plane, kind, h * b->dim);
+        for (long t = 0; t < b->tokens; t++)
+            for (long e = 0; e < b->dim; e += GROUP)
+                decode_group(kind, code, codes + code_bytes(code, t * stride + h * b->dim + e), scale, (void *)at(head, kind, t * stride + e));
+    }
+}
+
+#define FOR_EACH_CODE(run, kind) \
+    (b->code == FP8 ? run(kind, FP8, b, number) : b->code == INT8 ? run(kind, INT8, b, number) : run(kind, INT4, b, number))
+
+static void encode_one(void *context, long number) {
+    Blocks *b = context;
+    b->kind == BF16 ? FOR_EACH_CODE(encode_plane, BF16) : FOR_EACH_CODE(encode_plane, F32);
+}
+
+static void decode_one(void *context, long number) {
+    Blocks *b = context;
+    b->kind == BF16 ? FOR_EACH_CODE(decode_plane, BF16) : FOR_EACH_CODE(decode_plane, F32);
+}
