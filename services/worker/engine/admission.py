@@ -2,7 +2,7 @@
 
 from common.codec import StoredLayout
 from common.errors import ContextExceeded, InvalidRequest
-from services.worker.engine.pool import blocks_for
+from services.worker.engine.allocator import blocks_for
 from services.worker.engine.types import LoadedKv, NewSequence
 
 
@@ -24,20 +24,25 @@ def check(new: NewSequence, stored: StoredLayout, context_tokens: int, vocab_siz
             raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {vocab_size}", param="prompt")
     if len(new.output) >= limit:
         raise InvalidRequest(f"{len(new.output)} of max_tokens = {limit} are generated already", param="max_tokens")
+    if len(new.claim.blocks) * stored.raw.block_tokens >= tokens:
+        raise InvalidRequest(f"{len(new.claim.blocks)} claimed blocks for a sequence of {tokens} tokens: one must be computed")
     if new.kv is not None:
-        _check_kv(new.kv, tokens, stored)
+        _check_kv(new.kv, len(new.claim.blocks), tokens, stored)
 
 
-def _check_kv(kv: LoadedKv, tokens: int, stored: StoredLayout) -> None:
-    needed = blocks_for(kv.tokens, stored.raw.block_tokens)
-    full = kv.tokens // stored.raw.block_tokens  # a partial block is never encoded
-    sizes = [{stored.raw.bytes_per_block} | ({stored.bytes_per_block} if block < full else set()) for block in range(needed)]
+def _check_kv(kv: LoadedKv, claimed: int, tokens: int, stored: StoredLayout) -> None:
+    end, full = blocks_for(kv.tokens, stored.raw.block_tokens), kv.tokens // stored.raw.block_tokens
+    needed = end - kv.first_block
+    raw, encoded = {stored.raw.bytes_per_block}, {stored.bytes_per_block}
+    sizes = [raw | encoded if block < full else raw for block in range(kv.first_block, end)]  # a partial block is never encoded
+    if kv.first_block > claimed:
+        raise InvalidRequest(f"KV begins at block {kv.first_block}, and only {claimed} blocks are claimed before it")
     if not 0 <= kv.tokens < tokens:
         raise InvalidRequest(f"KV of {kv.tokens} tokens for a sequence of {tokens}: at least one token must be computed")
     if len(kv.buffers) != needed or any(buffer.nbytes not in fit for buffer, fit in zip(kv.buffers, sizes, strict=True)):
         given = sorted({buffer.nbytes for buffer in kv.buffers})
-        encoded = "" if stored.codec == "raw" else f", or full ones of {stored.bytes_per_block} as {stored.codec}"
+        or_encoded = "" if stored.codec == "raw" else f", or full ones of {stored.bytes_per_block} as {stored.codec}"
         raise InvalidRequest(
             f"KV of {kv.tokens} tokens comes in {len(kv.buffers)} buffers of {given} bytes; "
-            f"expected {needed} of {stored.raw.bytes_per_block}{encoded}"
+            f"expected {needed} of {stored.raw.bytes_per_block}{or_encoded}"
         )

@@ -8,38 +8,33 @@ does: a sequence that can't go on ends with an error in the step's result, the o
     run           one forward pass over all planned tokens, laid end to end
     postprocess   sample where a sequence's last token was computed; finish, hold or free
 
-A retained span keeps full blocks alive, and unchanged, beyond their sequence: the pool may be read in place.
+Full blocks are named by their keys and stay resident when nobody holds them, until their memory is needed: a later
+sequence with the same beginning claims them.
 """
 
 import logging
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 import torch
 
+from common.blocks import BlockKey
 from common.errors import Internal, InvalidRequest, NotFound, PenstockError
 from common.generation import FinishReason, Token
 from services.worker.engine import admission
+from services.worker.engine.allocator import blocks_for
 from services.worker.engine.forward import Forward
-from services.worker.engine.pool import BlockPool, blocks_for, pool_blocks
+from services.worker.engine.pool import BlockPool, pool_blocks
 from services.worker.engine.sampling import Sampled
 from services.worker.engine.scheduler import Chunk, Plan, Scheduler
 from services.worker.engine.sequence import Event, Sequence
-from services.worker.engine.types import EngineLoad, NewSequence, Phase, SequenceStep, StepResult
+from services.worker.engine.types import Claim, EngineLoad, LoadedKv, NewSequence, Phase, SequenceStep, StepResult
 from services.worker.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
 # Weight of the newest measurement of prefill speed.
 _RATE_WEIGHT = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Full blocks kept by `Engine.retain` until `Engine.release_span`; their bytes don't change meanwhile."""
-
-    blocks: tuple[int, ...]
 
 
 class Engine:
@@ -81,7 +76,7 @@ class Engine:
         self._forward = Forward(model, self.pool, sequences_max, blocks_for(self.context_tokens, block_tokens))
         self._live: dict[str, Sequence] = {}
         self._held: dict[str, Sequence] = {}
-        self._spans: list[Span] = []
+        self._claims: dict[int, Claim] = {}  # given out and not added yet, by id(); any thread
         self._ended: list[SequenceStep] = []  # finished outside a step, reported by the next one
         self._arrivals = 0
         self._prefill_rate = 0.0
@@ -94,7 +89,8 @@ class Engine:
         admission.check(new, self.model.stored, self.context_tokens, self.model.vocab_size)
 
     def add(self, new: NewSequence) -> None:
-        """Queues a sequence. On any error `new.kv` is given back too: `on_copied` is called exactly once in every outcome."""
+        """Queues a sequence. On any error `new.kv` and `new.claim` are given back too: exactly once in every outcome."""
+        self._claims.pop(id(new.claim), None)
         try:
             self.check(new)
             if new.id in self._live or new.id in self._held:
@@ -102,6 +98,7 @@ class Engine:
             sequence = Sequence(new, self._arrivals)
             self._scheduler.add(sequence)
         except BaseException:
+            self.pool.allocator.release(new.claim.blocks)
             if new.kv is not None:
                 new.kv.on_copied()
             raise
@@ -131,6 +128,20 @@ class Engine:
         failed = (SequenceStep(s.id, computed=s.computed, finish=FinishReason.ERROR, error=error) for s in live)
         return (*ended, *failed)
 
+    # -- KV that is here
+
+    def claim(self, keys: Items[BlockKey]) -> Claim:
+        """Takes hold of the longest prefix of `keys` that is resident; any thread may call it."""
+        claim = Claim(tuple(self.pool.allocator.claim(keys)))
+        if claim.blocks:
+            self._claims[id(claim)] = claim
+        return claim
+
+    def give_up(self, claim: Claim) -> None:
+        """Lets go of a claim that was not added with a sequence; idempotent; the engine's thread."""
+        if self._claims.pop(id(claim), None) is not None:
+            self.pool.allocator.release(claim.blocks)
+
     # -- KV that leaves
 
     def release(self, sequence_id: str) -> None:
@@ -150,26 +161,6 @@ class Engine:
         """One full block of a live or held sequence in its stored form."""
         sequence = self._with_blocks(sequence_id, block, block + 1, full=True)
         self.pool.encode(sequence.blocks[block], out)
-
-    def retain(self, sequence_id: str, first_block: int, last_block: int) -> Span:
-        """Keeps full blocks `[first_block, last_block)` until `release_span`, whatever becomes of the sequence."""
-        sequence = self._with_blocks(sequence_id, first_block, last_block, full=True)
-        span = Span(tuple(sequence.blocks[first_block:last_block]))
-        self.pool.allocator.retain(span.blocks)
-        self._spans.append(span)
-        return span
-
-    def release_span(self, span: Span) -> None:
-        for index, own in enumerate(self._spans):
-            if own is span:
-                del self._spans[index]
-                self.pool.allocator.release(span.blocks)
-                return
-
-    def records(self, span: Span) -> list[memoryview] | None:
-        """The bytes of retained blocks in place, for any thread; None where the pool isn't in host memory."""
-        views = [self.pool.record(block) for block in span.blocks]
-        return None if any(view is None for view in views) else [view for view in views if view is not None]
 
     def _with_blocks(self, sequence_id: str, first: int, last: int, *, full: bool) -> Sequence:
         sequence = self._live.get(sequence_id) or self._held.get(sequence_id)
@@ -212,11 +203,29 @@ class Engine:
             if sequence.kv is None:
                 continue
             try:
-                self.pool.load(sequence.blocks[: len(sequence.kv.buffers)], sequence.kv.buffers, sequence.kv.tokens)
+                self._load_one(sequence, sequence.kv)
                 sequence.drop_kv()
+                self._name(sequence)
             except Exception as error:
                 log.exception("loading the KV of %s", sequence.id)
                 self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
+
+    def _load_one(self, sequence: Sequence, kv: LoadedKv) -> None:
+        """Copies what isn't resident: blocks `[named, ...)`."""
+        skip = max(0, sequence.named - kv.first_block)
+        buffers = kv.buffers[skip:]
+        first = kv.first_block + skip
+        if buffers:
+            self.pool.load(sequence.blocks[first : first + len(buffers)], buffers, kv.tokens)
+
+    def _name(self, sequence: Sequence) -> None:
+        """Gives the blocks that became full their names."""
+        full = sequence.computed // self.layout.block_tokens
+        if full > sequence.named:
+            keys = sequence.keys(full, self.layout.block_tokens)
+            for block, key in zip(sequence.blocks[sequence.named : full], keys[sequence.named :], strict=False):
+                self.pool.allocator.name(block, key)
+            sequence.named = full
 
     def _run(self, chunks: list[Chunk]) -> list[SequenceStep]:
         try:
@@ -231,20 +240,23 @@ class Engine:
     def _advance(self, chunk: Chunk, sampled: Sampled | None) -> SequenceStep | None:
         sequence = chunk.sequence
         started_at, sequence.admitted_at = sequence.admitted_at, None
+        resident, sequence.resident = sequence.resident, 0
         if sampled is None:
             sequence.computed = chunk.end
-            return SequenceStep(sequence.id, computed=chunk.end, started_at=started_at)
+            self._name(sequence)
+            return SequenceStep(sequence.id, computed=chunk.end, started_at=started_at, resident=resident)
         if sampled.token is None:
             self._fail(sequence, Internal("the model gave logits that are not finite"), scrub=True)
             return None
         sequence.computed = chunk.end
+        self._name(sequence)
         sequence.tokens.append(sampled.token.id)
         sequence.advance(Event.SAMPLE)
         finish, stop_token = self._finish_of(sequence, sampled.token)
         if finish is not None:
             self._end(sequence, keep_blocks=sequence.hold)
         return SequenceStep(
-            sequence.id, tokens=(sampled.token,), computed=chunk.end, finish=finish, stop_token=stop_token, started_at=started_at
+            sequence.id, (sampled.token,), chunk.end, finish, stop_token, started_at=started_at, resident=resident
         )
 
     def _finish_of(self, sequence: Sequence, token: Token) -> tuple[FinishReason | None, int | None]:
@@ -263,7 +275,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: PenstockError, *, scrub: bool = False) -> None:
         if scrub:
-            self.pool.scrub(sequence.blocks)
+            self.pool.scrub(self.pool.allocator.forget(sequence.blocks))
         self._end(sequence, keep_blocks=False)
         self._ended.append(SequenceStep(sequence.id, computed=sequence.computed, finish=FinishReason.ERROR, error=error))
 
@@ -284,6 +296,7 @@ class Engine:
             tokens=sum(len(sequence.tokens) for sequence in self._live.values()),
             pool_blocks_free=self.pool.allocator.free,
             pool_blocks_total=self.pool.allocator.total,
+            pool_blocks_named=self.pool.allocator.named,
             preemptions=self._scheduler.preemptions,
             prefill_tokens_per_s=self._prefill_rate,
         )
@@ -302,4 +315,5 @@ class Engine:
         assert all(sequence.phase is Phase.FINISHED for sequence in self._held.values()), "held sequences"
         holders = [*self._live.values(), *self._held.values()]
         held = [block for sequence in holders for block in sequence.blocks]
-        self.pool.allocator.check_integrity(held + [block for span in self._spans for block in span.blocks])
+        held += [block for sequence in self._scheduler.waiting for block in sequence.claimed]
+        self.pool.allocator.check_integrity(held + [block for claim in self._claims.values() for block in claim.blocks])

@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from common.blocks import BlockKey
 from common.errors import Internal, Overloaded, PenstockError, Unavailable
 from common.generation import FinishReason
-from services.worker.engine.engine import Engine, Span
-from services.worker.engine.types import EngineLoad, NewSequence, SequenceStep, StepResult
+from services.worker.engine.engine import Engine
+from services.worker.engine.types import Claim, EngineLoad, NewSequence, SequenceStep, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class EngineLoop:
     def add(self, new: NewSequence) -> None:
         """Queues a sequence, or raises why it can't be: `InvalidRequest`, `ContextExceeded`, `Overloaded`, `Unavailable`.
 
-        As with `Engine.add`, `new.kv.on_copied` is called exactly once in every outcome, on either thread.
+        As with `Engine.add`, `new.kv` and `new.claim` are given back exactly once in every outcome, on either thread.
         """
         try:
             self.engine.check(new)
@@ -101,6 +102,7 @@ class EngineLoop:
             if not self._put(lambda engine: self._add(engine, new)):
                 raise Unavailable("the engine has stopped")
         except BaseException:
+            self.give_up(new.claim)
             if new.kv is not None:
                 new.kv.on_copied()
             raise
@@ -118,23 +120,14 @@ class EngineLoop:
         """`Engine.export` between two steps."""
         await self.call(lambda engine: engine.export(sequence_id, first_block, last_block, out))
 
-    async def retain(self, sequence_id: str, first_block: int, last_block: int) -> Span:
-        """`Engine.retain` between two steps; nothing stays retained if the wait is cancelled."""
-        spans: list[Span] = []
-        try:
-            await self.call(lambda engine: spans.append(engine.retain(sequence_id, first_block, last_block)))
-        except asyncio.CancelledError:
-            for span in spans:
-                self.release_span(span)
-            raise
-        return spans[0]
+    def claim(self, keys: Sequence[BlockKey]) -> Claim:
+        """`Engine.claim`, at once."""
+        return self.engine.claim(keys)
 
-    def records(self, span: Span) -> list[memoryview] | None:
-        """The bytes of a retained span in place, read-only, for any thread; None where the pool isn't in host memory."""
-        return self.engine.records(span)
-
-    def release_span(self, span: Span) -> None:
-        self._put(lambda engine: engine.release_span(span))
+    def give_up(self, claim: Claim) -> None:
+        """`Engine.give_up` between two steps."""
+        if claim.blocks:
+            self._put(lambda engine: engine.give_up(claim))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
         """Runs a function on the engine's thread between two steps and returns what it returns.

@@ -1,15 +1,14 @@
-"""The pool: KV memory paged in blocks, and who holds each block.
+"""The pool: KV memory paged in blocks.
 
-`BlockAllocator` is pure bookkeeping: a block is free, or it has one or more holders (a sequence, a
-retained span). `BlockPool` owns the tensor `[block, layer, k|v, token, kv_head, head_dim]`, so that one
-block is one contiguous record: the block as it is sent, and as the codec `raw` stores it.
+`BlockPool` owns the tensor `[block, layer, k|v, token, kv_head, head_dim]`, so that one block is one contiguous
+record: the block as it is sent, and as the codec `raw` stores it. allocator.py knows who holds each block.
 
 The pool starts zeroed and never keeps a non-finite value past its sequence (`scrub`): attention masks
 keys it must not see, but a masked NaN in `v` would still spread.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,56 +17,10 @@ from common.codec import StoredLayout
 from common.kv_layout import KvLayout
 from common.machine import memory_bytes
 from services.worker.codec import DTYPES, Codec
+from services.worker.engine.allocator import BlockAllocator, blocks_for
 
 # A worker shares its machine with three others and the page cache that serves the SSD.
 MEMORY_SHARE = 1 / 8
-
-
-def blocks_for(tokens: int, block_tokens: int) -> int:
-    return -(-tokens // block_tokens)
-
-
-class BlockAllocator:
-    """Free list and reference counts over block numbers `[0, blocks)`."""
-
-    def __init__(self, blocks: int) -> None:
-        self.total = blocks
-        self._free = list(range(blocks - 1, -1, -1))
-        self._holders = [0] * blocks
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` blocks with one holder each; the caller has checked `free`."""
-        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
-        taken = [self._free.pop() for _ in range(count)]
-        for block in taken:
-            self._holders[block] = 1
-        return taken
-
-    def retain(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            assert self._holders[block] > 0, f"block {block} is free"
-            self._holders[block] += 1
-
-    def release(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            assert self._holders[block] > 0, f"block {block} is free already"
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                self._free.append(block)
-
-    def check_integrity(self, held: Iterable[int]) -> None:
-        """`held` names every block once per holder; anything else is a leak or a double use."""
-        expected = [0] * self.total
-        for block in held:
-            expected[block] += 1
-        assert expected == self._holders, [
-            (block, want, have) for block, (want, have) in enumerate(zip(expected, self._holders, strict=True)) if want != have
-        ]
-        assert sorted(self._free) == [block for block, count in enumerate(self._holders) if not count], "free list"
 
 
 class BlockPool:
@@ -123,10 +76,6 @@ class BlockPool:
         if block_ids and tail < self.layout.block_tokens:
             slices = np.frombuffer(out[-1], dtype=np.uint8).reshape(self.layout.layers, 2, self.layout.block_tokens, -1)
             slices[:, :, tail:] = 0
-
-    def record(self, block: int) -> memoryview | None:
-        """The bytes of a block in place, read-only, or None where the pool isn't in host memory."""
-        return None if self._host is None else memoryview(self._host[block]).toreadonly()
 
     def scrub(self, block_ids: Sequence[int]) -> None:
         """Zeroes blocks that may hold non-finite values."""

@@ -8,14 +8,16 @@ A plan is made in this order:
 3. admissions in order of arrival, while the pool can hold the whole prompt and one more block, unless
    this step preempted (what was just freed would be taken at once).
 
-Nobody overtakes the head of the queue, so nobody starves.
+Nobody overtakes the head of the queue, so nobody starves. An admission takes over what is resident of the
+sequence: leading blocks that the pool still has under their keys. When nothing runs and the head of the queue
+doesn't fit, those behind it give up what they have claimed.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
 from common.errors import Overloaded
-from services.worker.engine.pool import BlockAllocator, blocks_for
+from services.worker.engine.allocator import BlockAllocator, blocks_for
 from services.worker.engine.sequence import Event, Sequence
 from services.worker.engine.types import Phase
 
@@ -73,12 +75,13 @@ class Scheduler:
         """Takes a sequence out, whatever its phase."""
         (self.waiting if sequence.phase is Phase.WAITING else self.running).remove(sequence)
         sequence.advance(Event.FINISH)
+        self._give_up_claim(sequence)
         if not keep_blocks:
             self.free(sequence)
 
     def free(self, sequence: Sequence) -> None:
         self._allocator.release(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks, sequence.named = [], 0
 
     def plan(self) -> Plan:
         plan = Plan()
@@ -105,13 +108,12 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, plan: Plan) -> bool:
         """Gives a decoding sequence the block its next token needs; False if that cost the sequence itself."""
         missing = blocks_for(len(sequence.tokens), self._block_tokens) - len(sequence.blocks)
-        while missing > self._allocator.free:
+        while (taken := self._allocator.take(max(0, missing))) is None:
             victim = self.running[-1]
             self._preempt(victim, plan)
             if victim is sequence:
                 return False
-        if missing > 0:
-            sequence.blocks += self._allocator.take(missing)
+        sequence.blocks += taken
         return True
 
     def _preempt(self, victim: Sequence, plan: Plan) -> None:
@@ -129,16 +131,37 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self._sequences_max:
             return None
         sequence = self.waiting[0]
-        needed = blocks_for(len(sequence.tokens), self._block_tokens)
+        self._claim(sequence)
+        needed = blocks_for(len(sequence.tokens), self._block_tokens) - len(sequence.claimed)
         spare = 1 if self.running else 0  # alone it may take everything: it can preempt nobody and always fits
-        if needed + spare > self._allocator.free:
+        taken = self._allocator.take(needed, spare=spare)
+        behind = [other for other in self.waiting if other.claimed and other is not sequence]
+        while taken is None and not self.running and behind:
+            self._give_up_claim(behind.pop())
+            taken = self._allocator.take(needed)
+        if taken is None:
             return None
         self.waiting.popleft()
-        sequence.blocks = self._allocator.take(needed)
-        sequence.computed = sequence.kv.tokens if sequence.kv else 0
+        resident = len(sequence.claimed)
+        sequence.blocks, sequence.claimed = sequence.claimed + taken, []
+        sequence.named = resident
+        sequence.resident = 0 if sequence.preemptions else resident * self._block_tokens
+        sequence.computed = max(resident * self._block_tokens, sequence.kv.tokens if sequence.kv else 0)
         sequence.advance(Event.ADMIT)
         self._insert(sequence)
         return sequence
+
+    def _claim(self, sequence: Sequence) -> None:
+        """Adds what else is resident behind the blocks it has claimed; its last token is always computed."""
+        have, blocks = len(sequence.claimed), (len(sequence.tokens) - 1) // self._block_tokens
+        if have < blocks:
+            sequence.claimed += self._allocator.claim(sequence.keys(blocks, self._block_tokens)[have:])
+
+    def _give_up_claim(self, sequence: Sequence) -> None:
+        self._allocator.release(sequence.claimed)
+        sequence.claimed = []
+        if sequence.kv is not None and sequence.kv.first_block:
+            sequence.drop_kv()  # it hung on what is given up
 
     def _insert(self, sequence: Sequence) -> None:
         index = len(self.running)
@@ -155,3 +178,4 @@ class Scheduler:
             assert sequence.computed <= len(sequence.blocks) * self._block_tokens, sequence
         for sequence in self.waiting:
             assert sequence.phase is Phase.WAITING and not sequence.blocks and not sequence.computed, sequence
+        assert not any(sequence.claimed for sequence in self.running)

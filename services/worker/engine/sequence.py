@@ -14,6 +14,7 @@ import logging
 from enum import StrEnum
 from typing import Any
 
+from common.blocks import BlockKey, ChainRoot, extend_keys
 from common.generation import Sampling
 from services.worker.engine.types import LoadedKv, NewSequence, Phase
 
@@ -44,13 +45,16 @@ class Sequence:
         blocks: pool blocks in order; block i holds tokens `[i * block_tokens, (i + 1) * block_tokens)`.
         arrival: order of `add`; the latest is preempted first.
         row: its row of the step tables while running, and how many `blocks` that row has.
+        claimed: resident blocks that are its own before admission.
         kv: KV to copy in at admission; None once it was copied or dropped.
+        named: leading blocks that have been named in the pool.
+        resident: leading tokens that were in the pool at its first admission, until that is reported.
         penalties: what sampling remembers about it (services/worker/engine/sampling.py).
     """
 
     __slots__ = (
-        "admitted_at", "arrival", "blocks", "computed", "hold", "id", "kv", "penalties", "phase", "preemptions", "prompt_tokens",
-        "row", "row_blocks", "sampling", "stop_after_prefill", "stop_ids", "tokens",
+        "_keys", "_root", "admitted_at", "arrival", "blocks", "claimed", "computed", "hold", "id", "kv", "named", "penalties", "phase",
+        "preemptions", "prompt_tokens", "resident", "row", "row_blocks", "sampling", "stop_after_prefill", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, arrival: int) -> None:
@@ -59,6 +63,11 @@ class Sequence:
         self.tokens: list[int] = [*new.prompt, *new.output]
         self.prompt_tokens = len(new.prompt)
         self.kv: LoadedKv | None = new.kv
+        self.claimed: list[int] = list(new.claim.blocks)
+        self.named = 0
+        self.resident = 0
+        self._root: ChainRoot | None = new.root
+        self._keys: list[BlockKey] = []
         self.hold = new.hold
         self.stop_after_prefill = new.stop_after_prefill
         self.arrival = arrival
@@ -80,6 +89,16 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    def keys(self, blocks: int, block_tokens: int) -> list[BlockKey]:
+        """Keys of its first `blocks` blocks, computed once each; none without a root."""
+        if self._root is None:
+            return []
+        have = len(self._keys)
+        if blocks > have:
+            parent = self._keys[-1] if have else self._root
+            self._keys += extend_keys(parent, self.tokens[have * block_tokens : blocks * block_tokens], block_tokens)
+        return self._keys[:blocks]
 
     def advance(self, event: Event) -> None:
         self.phase = NEXT[self.phase][event]

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import msgspec
 
+from common.blocks import ChainRoot
 from common.errors import PenstockError
 from common.generation import FinishReason, Sampling, Token
 
@@ -26,12 +27,14 @@ class Phase(StrEnum):
 
 
 class LoadedKv(msgspec.Struct, frozen=True):
-    """KV of the leading tokens, in host memory, to be copied into the pool when the sequence is admitted.
+    """KV in host memory, to be copied into the pool when the sequence is admitted.
 
     Attributes:
-        tokens: how many leading tokens the buffers hold; not necessarily a whole number of blocks.
-        buffers: ceil(tokens / block_tokens) of them, one block each: a raw record (`KvLayout.bytes_per_block` bytes) or,
-            for a full block, its stored form (`StoredLayout.bytes_per_block`); they may be mixed.
+        tokens: the leading tokens that are there once the buffers are copied; not necessarily a whole number of blocks.
+        buffers: one for each of the blocks `[first_block, ceil(tokens / block_tokens))`: a raw record
+            (`KvLayout.bytes_per_block` bytes) or, for a full block, its stored form (`StoredLayout.bytes_per_block`); they
+            may be mixed.
+        first_block: blocks before it are in the pool already, by the sequence's claim.
         on_copied: called once, on the engine's thread, when the buffers are no longer needed,
             whether the sequence was admitted or dropped.
     """
@@ -39,6 +42,13 @@ class LoadedKv(msgspec.Struct, frozen=True):
     tokens: int
     buffers: Sequence[memoryview]
     on_copied: Callable[[], None]
+    first_block: int = 0
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Leading blocks of a prompt that are resident in the pool and stay so until the claim is given up or added with a sequence."""
+
+    blocks: tuple[int, ...] = ()
 
 
 class NewSequence(msgspec.Struct, frozen=True):
@@ -53,6 +63,8 @@ class NewSequence(msgspec.Struct, frozen=True):
         sampling: resolved.
         kv: KV of the leading tokens of prompt + output, or None.
         hold: keep the pool blocks after the finish until `release`.
+        root: parent of the first block's key; its blocks can be found again under their keys. None: they can't.
+        claim: resident blocks it starts from; the engine gives it up in every outcome.
         stop_after_prefill: finish (LENGTH) as soon as one token was sampled: what a prefill worker does.
     """
 
@@ -63,6 +75,8 @@ class NewSequence(msgspec.Struct, frozen=True):
     kv: LoadedKv | None = None
     hold: bool = False
     stop_after_prefill: bool = False
+    root: ChainRoot | None = None
+    claim: Claim = Claim()
 
 
 class SequenceStep(msgspec.Struct, frozen=True):
@@ -76,6 +90,7 @@ class SequenceStep(msgspec.Struct, frozen=True):
         error: why the sequence was given up, with finish = ERROR.
         preempted: the sequence lost its pool blocks in this step and will recompute.
         started_at: with its first step, `time.perf_counter()` when it was admitted: queueing ended then.
+        resident: with its first step, leading tokens that were in the pool before anything was copied or computed.
     """
 
     id: str
@@ -86,6 +101,7 @@ class SequenceStep(msgspec.Struct, frozen=True):
     error: PenstockError | None = None
     preempted: bool = False
     started_at: float | None = None
+    resident: int = 0
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
@@ -96,6 +112,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     tokens: int
     pool_blocks_free: int
     pool_blocks_total: int
+    pool_blocks_named: int
     preemptions: int
     prefill_tokens_per_s: float
 

@@ -120,26 +120,6 @@ def test_an_exported_partial_block_ends_in_zeros_not_in_somebody_elses_kv(llama)
     assert last[:, :, :2].abs().amin(dim=(0, 1, 3)).gt(0).all() and not last[:, :, 2:].any()
 
 
-def test_retained_blocks_outlive_their_sequence_unchanged(llama) -> None:
-    engine = make_engine(llama.loaded, pool_blocks=8)
-    run(engine, [new("first", make_prompt(40), greedy(1), hold=True)])
-    span = engine.retain("first", 0, 2)
-    with pytest.raises(NotFound):
-        engine.retain("first", 0, 3)  # the third is partial
-    views = engine.records(span)
-    assert views is not None and all(view.readonly for view in views)
-    before = [bytes(view) for view in views]
-    engine.release("first")
-    engine.check_integrity()
-    assert engine.pool.allocator.free == 6
-    run(engine, [new(f"s{n}", make_prompt(20 + n, seed=n), greedy(30)) for n in range(6)])
-    assert [bytes(view) for view in views] == before
-    engine.release_span(span)
-    engine.release_span(span)
-    engine.check_integrity()
-    assert engine.pool.allocator.free == 8
-
-
 def test_a_pool_full_of_held_blocks_makes_others_wait_not_fail(llama) -> None:
     engine = make_engine(llama.loaded, pool_blocks=4)
     run(engine, [new("held", make_prompt(40), greedy(1), hold=True)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common.blocks import ChainRoot, block_keys
 from common.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
@@ -171,20 +172,21 @@ async def test_a_cancelled_call_never_runs_later(runner: Runner) -> None:
     assert not ran
 
 
-async def test_full_blocks_are_exported_and_read_in_place_while_the_engine_steps(runner: Runner) -> None:
-    runner.loop.add(new("a", make_prompt(40), greedy(100, ignore_eos=True), hold=True))
+async def test_full_blocks_are_exported_while_the_engine_steps_and_claimed_from_any_thread(runner: Runner) -> None:
+    prompt, root = make_prompt(40), ChainRoot(bytes(32))
+    runner.loop.add(new("a", prompt, greedy(100, ignore_eos=True), hold=True, root=root))
     await runner.heard_of("a")
-    span = await runner.loop.retain("a", 0, 2)
     copies = [memoryview(bytearray(runner.loop.engine.layout.bytes_per_block)) for _ in range(2)]
     await runner.loop.export("a", 0, 2, copies)
-    views = runner.loop.records(span)
-    assert views is not None and [bytes(view) for view in views] == [bytes(copy) for copy in copies]
+    claim = runner.loop.claim(block_keys(root, prompt, runner.loop.engine.layout.block_tokens))
+    assert len(claim.blocks) == 2
     await runner.finished("a")
     runner.loop.release("a")
-    assert [bytes(view) for view in views] == [bytes(copy) for copy in copies]
-    runner.loop.release_span(span)
     with pytest.raises(NotFound):
         await runner.loop.export("a", 0, 1, copies[:1])
+    load = await runner.loop.call(lambda engine: engine.load)
+    assert load.pool_blocks_free == load.pool_blocks_total - 2
+    runner.loop.give_up(claim)
     load = await runner.loop.call(lambda engine: engine.load)
     assert load.pool_blocks_free == load.pool_blocks_total
 

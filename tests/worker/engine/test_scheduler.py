@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.generation import Sampling
-from services.worker.engine.pool import BlockAllocator, blocks_for
+from services.worker.engine.allocator import BlockAllocator, blocks_for
 from services.worker.engine.scheduler import Plan, Scheduler
 from services.worker.engine.sequence import NEXT, Event, Sequence
 from services.worker.engine.types import NewSequence, Phase
@@ -117,21 +117,6 @@ def test_every_sequence_ends_with_all_its_tokens_and_no_block_is_lost(blocks, wa
         scheduler.check_integrity()
         allocator.check_integrity([block for sequence in scheduler.running for block in sequence.blocks])
     assert not live and allocator.free == blocks
-
-
-@given(st.lists(st.tuples(st.sampled_from(["take", "retain", "release"]), st.integers(0, 5)), max_size=60))
-def test_a_block_is_free_exactly_when_nobody_holds_it(operations) -> None:
-    allocator, held = BlockAllocator(6), []
-    for operation, number in operations:
-        if operation == "take" and number <= allocator.free:
-            held += allocator.take(number)
-        elif operation == "retain" and held:
-            allocator.retain([held[number % len(held)]])
-            held.append(held[number % len(held)])
-        elif operation == "release" and held:
-            allocator.release([held.pop(number % len(held))])
-        allocator.check_integrity(held)
-        assert allocator.free == 6 - len(set(held))
 
 
 def test_blocks_for_rounds_up() -> None:
