@@ -71,7 +71,7 @@ def parser(kind: type[msgspec.Struct], section: str, about: str) -> argparse.Arg
 
 
 def add_flags(out: argparse.ArgumentParser, kind: type[msgspec.Struct]) -> None:
-    """One `--flag` per field; booleans take `--flag/--no-flag`; tuples take a comma-separated list."""
+    """One `--flag` per field; booleans take `--flag/--no-flag`; tuples take a comma-separated list, and may be repeated."""
     for field in msgspec.structs.fields(kind):
         base, meta = _unwrap(field.type)
         text = (meta.description if meta and meta.description else field.name.replace("_", " ")).replace("%", "%%")
@@ -82,9 +82,10 @@ def add_flags(out: argparse.ArgumentParser, kind: type[msgspec.Struct]) -> None:
         flag = "--" + field.name.replace("_", "-")
         if base is bool:
             out.add_argument(flag, dest=field.name, default=None, action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(base) is tuple:
+            out.add_argument(flag, dest=field.name, default=None, type=_comma_list, action="extend", metavar="VALUE", help=text)
         else:
-            reader = _comma_list if typing.get_origin(base) is tuple else str
-            out.add_argument(flag, dest=field.name, default=None, type=reader, metavar="VALUE", help=text)
+            out.add_argument(flag, dest=field.name, default=None, metavar="VALUE", help=text)
 
 
 def _comma_list(text: str) -> tuple[str, ...]:
@@ -130,11 +131,13 @@ def _from_toml(kind: type[msgspec.Struct], section: str, path: Path) -> dict[str
             raise SettingsError(
                 f"{path}: unknown key {table!r}{_nearest(table, SECTIONS)}; expected the tables {', '.join(SECTIONS)}"
             )
-    known = [field.name for field in msgspec.structs.fields(kind)]
+    known = {field.name: _unwrap(field.type)[0] for field in msgspec.structs.fields(kind)}
     table_values: dict[str, Any] = document.get(section, {})
-    for key in table_values:
+    for key, value in table_values.items():
         if key not in known:
             raise SettingsError(f"{path}: unknown key {key!r} in [{section}]{_nearest(key, known)}")
+        if isinstance(value, str) and typing.get_origin(known[key]) is tuple:
+            table_values[key] = (value,)  # a list of one may be written without brackets
     return table_values
 
 

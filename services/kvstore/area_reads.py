@@ -156,6 +156,7 @@ class Reads:
         self._metrics.failed_reads += len(targets)
         log.warning("read_deadline", parts=len(targets), deadline_s=self._deadline_s)
         for target in targets:
+            self._store.io_failed(target.shelf.place(target.slot)[0], TimeoutError(f"no answer for {self._deadline_s:g} s"))
             results[target.index] = (PartStatus.EXPIRED, None, 0)
 
     def _finish(self, targets: list[_Target], outcomes: Sequence[int | BaseException], results: list[ReadResult] | None) -> None:
@@ -189,6 +190,7 @@ class Reads:
         if isinstance(error, NotStarted):
             return PartStatus.EXPIRED
         if isinstance(error, OSError) and error.errno not in _NOT_THE_DISK:
+            self._store.io_failed(target.shelf.place(target.slot)[0], error)
             self._store.condemn(target.shelf, target.slot, target.sequence, str(error))
         else:
             log.error("read_failed", reason=repr(error))

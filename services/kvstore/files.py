@@ -4,13 +4,16 @@
 that can lose data goes through here.
 """
 
+import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import Unavailable
 from common.transport.memory import crc32c
+from services.kvstore.budget import Room
 from services.kvstore.buffers import aligned
 
 PROBE_NAME = ".probe"
@@ -50,6 +53,12 @@ class Files:
     def remove(self, path: Path) -> None:
         os.unlink(path)
 
+    def room(self, folder: Path) -> Room:
+        """What the file system under a folder has, and what our segment files there take."""
+        held_bytes = sum(path.stat().st_size for path in folder.rglob("*.seg"))
+        usage = shutil.disk_usage(folder)
+        return Room(folder.stat().st_dev, usage.total, usage.free, held_bytes)
+
     def sync_folder(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -83,7 +92,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         """Takes the lock. Raises `Unavailable`, naming the process that has it."""
         self._path = folder / LOCK_NAME
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._fd, writable = _open_lock(self._path)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -92,11 +101,22 @@ class FolderLock:
             raise Unavailable(
                 f"data folder {folder} is in use by process {owner}: stop it, or give this one another data_dir"
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        if writable:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Idempotent. The file stays: removing it would let two processes lock two files of one name."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _open_lock(path: Path) -> tuple[int, bool]:
+    """The lock file and whether it can be written: a file system that can't be is locked all the same."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), True
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False

@@ -62,7 +62,7 @@ class Intake:
         parent = shelf.index.find(offer.parent)
         if parent is not None:
             self._keep(lease, parent)
-        slot = self._space.take(shelf)
+        slot = self._space.take(shelf, offer.parent)
         if slot is None:
             return Admission.DROPPED, None
         item = WriteItem(slot, offer.key, offer.parent)

@@ -25,6 +25,8 @@ _COUNTERS = {
     "evictions": "Blocks evicted for space",
     "segment_evictions": "Blocks evicted because their segment went to another namespace or was over the budget",
     "corrupt_blocks": "Blocks dropped as damaged, torn or foreign",
+    "lost_blocks": "Blocks that became misses because their disk was lost",
+    "disk_errors": "I/O errors and passed deadlines that were counted against a disk",
     "rejected_parts": "Byte-plane parts refused: lease unknown or expired, item or range outside it",
     "expired_leases": "Leases that ran out",
 }
@@ -50,6 +52,8 @@ class Metrics:
         self.evictions = 0
         self.segment_evictions = 0
         self.corrupt_blocks = 0
+        self.lost_blocks = 0
+        self.disk_errors = 0
         self.rejected_parts = 0
         self.expired_leases = 0
         self.read_s = Histogram(

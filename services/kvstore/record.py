@@ -22,11 +22,15 @@ PAGE_BYTES = 4096  # the largest logical block size of common SSDs, and the memo
 VERSION = 1
 SEGMENT_MAGIC = b"PNSTKSEG"
 SLOT_MAGIC = b"PNSTKBLK"
+STORE_MAGIC = b"PNSTKSTO"
+STORE_ID_BYTES = 16
+DISKS_MAX = 4096  # numbers that a store gives out in its life
 PAYLOAD_BYTES_MAX = 64 << 20  # one request of the byte plane carries a whole block
 SLOTS_MAX = 1 << 20  # per segment
 
 _SEGMENT = struct.Struct("<8sII32sIIII")
 _SLOT = struct.Struct("<8sII32s32s32sQIIII")
+_STORE = struct.Struct("<8sII16sII")
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = PAGE_BYTES - _CRC.size
 
@@ -77,6 +81,14 @@ class SlotHeader(msgspec.Struct, frozen=True):
     payload_crc32c: int
     slot: int
     segment: int
+
+
+class StoreIdentity(msgspec.Struct, frozen=True):
+    """The STORE file of a data directory: which store it belongs to, and as which of its directories."""
+
+    store: bytes  # random, the same in all directories of a store
+    disk: int  # this directory's number
+    disks: int  # how many numbers the store has given out: [0, disks)
 
 
 class Unreadable(Enum):
@@ -146,6 +158,22 @@ def decode_slot(page: bytes | memoryview) -> SlotHeader | Unreadable:
         return fault
     _, _, _, namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment = _SLOT.unpack_from(page)
     return SlotHeader(namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment)
+
+
+def encode_store(identity: StoreIdentity) -> bytes:
+    assert len(identity.store) == STORE_ID_BYTES and 0 <= identity.disk < identity.disks <= DISKS_MAX
+    return _sealed(_STORE.pack(STORE_MAGIC, VERSION, 0, identity.store, identity.disk, identity.disks))
+
+
+def decode_store(page: bytes | memoryview) -> StoreIdentity | Unreadable:
+    """The identity in the first page of a STORE file, or why there is none."""
+    if len(page) < PAGE_BYTES:
+        return Unreadable.DAMAGED
+    fault = _fault(page, STORE_MAGIC)
+    if fault is not None:
+        return Unreadable.DAMAGED if fault is Unreadable.EMPTY else fault
+    _, _, _, store, disk, disks = _STORE.unpack_from(page)
+    return StoreIdentity(store, disk, disks) if disk < disks <= DISKS_MAX else Unreadable.DAMAGED
 
 
 def _sealed(fields: bytes) -> bytes:

@@ -4,13 +4,15 @@
 2. Header pages are read by several threads. Damaged, foreign, misplaced and unknown ones are counted.
 3. A crash can leave a header whose payload never arrived. Writes are numbered, and at most
    `WINDOW` numbers are open at once, so only blocks among the last `WINDOW` numbers can be torn:
-   their payloads are read and checked, and the bad ones erased.
+   their payloads are read and checked, and the bad ones erased. The last number is taken for each disk
+   by itself, so that this also holds for one that was away while the others went on.
 4. Of two slots with one key the later one counts.
 
-Nothing here is fatal but a folder that can't be listed. Blocking; runs before the service serves.
+Nothing here is fatal. Blocking; runs before the service serves.
 """
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import msgspec
 
 from common.blocks import Namespace
 from common.logs import Log
+from services.kvstore.disk import Disk, DiskState
 from services.kvstore.files import Files
 from services.kvstore.record import PAGE_BYTES, Geometry, SlotHeader, Unreadable, decode_slot
 from services.kvstore.segment import SUFFIX, TEMPORARY_SUFFIX, CorruptPayload, Segment, open_segment, scratch
@@ -49,7 +52,7 @@ class Counts(msgspec.Struct):
 class FoundBlock(msgspec.Struct, frozen=True):
     """A block by its header; `slot` is numbered within the segment."""
 
-    segment: int
+    segment: Segment
     slot: int
     key: bytes
     parent: bytes
@@ -64,8 +67,8 @@ class FoundNamespace(msgspec.Struct):
     geometry: Geometry | None  # None: no segment of it can be used
     segments: list[Segment]
     blocks: list[FoundBlock]
-    free: list[tuple[int, int]]  # (segment, slot) with nothing in it that is wanted
-    unusable_numbers: set[int]  # files that must be left alone
+    free: list[tuple[Segment, int]]  # (segment, slot) with nothing in it that is wanted
+    unusable_numbers: dict[int, set[int]]  # by disk: files that must be left alone
 
 
 class _RunScan(msgspec.Struct):
@@ -78,68 +81,90 @@ class _RunScan(msgspec.Struct):
     seen: Counts
 
 
-def scan(files: Files, folder: Path, *, direct: bool, threads: int) -> tuple[list[FoundNamespace], Counts, int]:
+def scan(files: Files, disks: Sequence[Disk], *, threads: int) -> tuple[list[FoundNamespace], Counts, int]:
     """Namespaces found, counts, and the highest sequence number on disk (0 when there is none)."""
     counts = Counts()
-    found = [one for path in sorted(folder.iterdir()) if (one := _open_namespace(files, path, direct, counts)) is not None]
+    by_name: dict[Namespace, FoundNamespace] = {}
+    for disk in disks:
+        if disk.state is not DiskState.LOST:
+            _open_disk(files, disk, by_name, counts)
+    found = [one for _, one in sorted(by_name.items()) if one.segments or one.unusable_numbers]
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         _read_headers(found, pool, counts)
-        last = max((block.sequence for one in found for block in one.blocks), default=0)
+        last = _last_sequences(found)
         for one in found:
-            _drop_torn(one, last - WINDOW, pool, counts)
+            _drop_torn(one, last, pool, counts)
             _drop_duplicates(one, counts)
     counts.blocks = sum(len(one.blocks) for one in found)
-    return found, counts, last
+    return found, counts, max(last.values(), default=0)
 
 
-def _open_namespace(files: Files, folder: Path, direct: bool, counts: Counts) -> FoundNamespace | None:
-    if not folder.is_dir() or not _is_namespace(folder.name):
-        counts.extra_files += 1
-        log.warning("extra_file", path=str(folder), expected="folders named by 64 hex digits")
-        return None
-    segments: list[Segment] = []
-    unusable: set[int] = set()
+def _open_disk(files: Files, disk: Disk, by_name: dict[Namespace, FoundNamespace], counts: Counts) -> None:
+    """Opens what lies on one disk; one that can't be listed is lost."""
+    before = counts.unusable_bytes
+    try:
+        for path in sorted(disk.namespaces.iterdir()):
+            if path.is_dir() and _is_namespace(path.name):
+                name = Namespace(path.name)
+                one = by_name.setdefault(name, FoundNamespace(name, None, [], [], [], {}))
+                _open_namespace(files, disk, path, one, counts)
+            else:
+                counts.extra_files += 1
+                log.warning("extra_file", path=str(path), expected="folders named by 64 hex digits")
+    except OSError as error:
+        disk.step("read_failed", str(error))
+    disk.unusable_bytes += counts.unusable_bytes - before
+
+
+def _open_namespace(files: Files, disk: Disk, folder: Path, one: FoundNamespace, counts: Counts) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix == TEMPORARY_SUFFIX and _number(path) is not None:
-            files.remove(path)
+            _remove_leftover(files, disk, path, counts)
         elif path.suffix != SUFFIX or _number(path) is None:
             counts.extra_files += 1
             log.warning("extra_file", path=str(path), expected=f"files named 00000000{SUFFIX}")
         else:
-            segment = _open_one(files, path, direct, segments, folder.name)
+            segment = _open_one(files, disk, path, one)
             if isinstance(segment, Segment):
-                segments.append(segment)
+                one.segments.append(segment)
+                one.geometry = segment.geometry
                 counts.segments += 1
                 counts.segments_read_only += not segment.writable
             else:
-                unusable.add(int(path.stem))
+                one.unusable_numbers.setdefault(disk.position, set()).add(int(path.stem))
                 counts.segments_unusable += 1
                 counts.unusable_bytes += path.stat().st_size
                 log.warning("segment_unusable", path=str(path), reason=segment, effect="left alone; its blocks are misses")
-    if not segments and not unusable:
-        return None
-    geometry = segments[0].geometry if segments else None
-    return FoundNamespace(Namespace(folder.name), geometry, segments, [], [], unusable)
 
 
-def _open_one(files: Files, path: Path, direct: bool, others: list[Segment], namespace: str) -> Segment | str:
+def _remove_leftover(files: Files, disk: Disk, path: Path, counts: Counts) -> None:
+    """A segment that was never finished goes; where nothing can be written it stays and counts."""
+    try:
+        files.remove(path)
+    except OSError as error:
+        counts.unusable_bytes += path.stat().st_size
+        log.warning("leftover_not_removed", path=str(path), reason=str(error))
+
+
+def _open_one(files: Files, disk: Disk, path: Path, one: FoundNamespace) -> Segment | str:
     """The segment in a file, or why it can't be used."""
     try:
-        segment = open_segment(files, path, direct=direct)
+        segment = open_segment(files, path, direct=disk.direct, disk=disk.position)
     except OSError as error:
         return f"can't be opened: {error}"
     if isinstance(segment, Unreadable):
         return f"header is {segment.name.lower()}"
     wrong = ""
-    if segment.namespace.hex() != namespace:
+    if segment.namespace.hex() != one.namespace:
         wrong = f"belongs to namespace {segment.namespace.hex()}"
     elif segment.number != int(path.stem):
         wrong = f"header says number {segment.number}"
-    elif others and others[0].geometry != segment.geometry:
-        wrong = f"{segment.geometry} differs from {others[0].geometry} of {others[0].path.name}"
+    elif one.geometry is not None and one.geometry != segment.geometry:
+        wrong = f"{segment.geometry} differs from {one.geometry} of {one.segments[0].path}"
     if wrong:
         segment.close()
         return wrong
+    segment.writable = segment.writable and disk.state is DiskState.SERVING
     if not segment.writable:
         log.warning("segment_read_only", path=str(path), effect="its blocks are served, nothing is written there")
     return segment
@@ -158,7 +183,7 @@ def _read_headers(found: list[FoundNamespace], pool: ThreadPoolExecutor, counts:
     for one, job in jobs:
         result = job.result()
         one.blocks.extend(result.blocks)
-        one.free.extend((result.segment.number, slot) for slot in result.free)
+        one.free.extend((result.segment, slot) for slot in result.free)
         for name in ("empty", "damaged", "foreign", "newer", "unreadable"):
             setattr(counts, name, getattr(counts, name) + getattr(result.seen, name))
         done += len(result.slots)
@@ -186,7 +211,7 @@ def _scan_slots(segment: Segment, slots: range) -> _RunScan:
             continue
         header = decode_slot(page)
         if isinstance(header, SlotHeader) and _belongs(header, segment, slot):
-            out.blocks.append(FoundBlock(segment.number, slot, header.key, header.parent, header.payload_crc32c, header.sequence))
+            out.blocks.append(FoundBlock(segment, slot, header.key, header.parent, header.payload_crc32c, header.sequence))
         elif header is Unreadable.NEWER:
             seen.newer += 1
         else:
@@ -204,26 +229,35 @@ def _belongs(header: SlotHeader, segment: Segment, slot: int) -> bool:
     return place == (segment.namespace, segment.number, slot, segment.geometry.payload_bytes)
 
 
-def _drop_torn(one: FoundNamespace, certain: int, pool: ThreadPoolExecutor, counts: Counts) -> None:
-    """Reads the payloads of blocks written after sequence `certain`; forgets and erases what is torn."""
-    by_number = {segment.number: segment for segment in one.segments}
-    recent = [block for block in one.blocks if block.sequence > certain]
-    wholes = pool.map(lambda block: _whole(by_number[block.segment], block), recent)
+def _last_sequences(found: list[FoundNamespace]) -> dict[int, int]:
+    """By disk, the highest sequence number on it."""
+    last: dict[int, int] = {}
+    for one in found:
+        for block in one.blocks:
+            disk = block.segment.disk
+            if block.sequence > last.get(disk, 0):
+                last[disk] = block.sequence
+    return last
+
+
+def _drop_torn(one: FoundNamespace, last: dict[int, int], pool: ThreadPoolExecutor, counts: Counts) -> None:
+    """Reads the payloads of the last blocks written to each disk; forgets and erases what is torn."""
+    recent = [block for block in one.blocks if block.sequence > last[block.segment.disk] - WINDOW]
+    wholes = pool.map(_whole, recent)
     torn = {id(block) for block, whole in zip(recent, wholes, strict=True) if not whole}
     if not torn:
         return
     for block in (block for block in recent if id(block) in torn):
         counts.torn += 1
-        segment = by_number[block.segment]
-        log.warning("slot_dropped", path=str(segment.path), slot=block.slot, reason="torn", key=block.key.hex())
-        if _erased(segment, block.slot):
+        log.warning("slot_dropped", path=str(block.segment.path), slot=block.slot, reason="torn", key=block.key.hex())
+        if _erased(block.segment, block.slot):
             one.free.append((block.segment, block.slot))
     one.blocks = [block for block in one.blocks if id(block) not in torn]
 
 
-def _whole(segment: Segment, block: FoundBlock) -> bool:
+def _whole(block: FoundBlock) -> bool:
     try:
-        segment.read_own(block.slot, block.checksum)
+        block.segment.read_own(block.slot, block.checksum)
     except (OSError, CorruptPayload):
         return False
     return True

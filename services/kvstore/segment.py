@@ -42,10 +42,13 @@ def file_name(number: int) -> str:
 
 
 class Segment:
-    """An open segment file."""
+    """An open segment file. `disk` is the position of its directory among the store's."""
 
-    def __init__(self, files: Files, path: Path, fd: int, header: SegmentHeader, *, direct: bool, writable: bool) -> None:
+    def __init__(
+        self, files: Files, path: Path, fd: int, header: SegmentHeader, *, direct: bool, writable: bool, disk: int = 0
+    ) -> None:
         self.path = path
+        self.disk = disk
         self.namespace = header.namespace
         self.number = header.segment
         self.geometry: Geometry = header.geometry
@@ -143,7 +146,7 @@ class Segment:
             done += wrote
 
 
-def create(files: Files, folder: Path, header: SegmentHeader, *, direct: bool) -> Segment:
+def create(files: Files, folder: Path, header: SegmentHeader, *, direct: bool, disk: int = 0) -> Segment:
     """A new segment file, allocated and durable. On failure nothing is left of it."""
     path = folder / file_name(header.segment)
     temporary = path.with_suffix(TEMPORARY_SUFFIX)
@@ -163,10 +166,10 @@ def create(files: Files, folder: Path, header: SegmentHeader, *, direct: bool) -
             if leftover.exists():
                 files.remove(leftover)
         raise
-    return Segment(files, path, fd, header, direct=direct, writable=True)
+    return Segment(files, path, fd, header, direct=direct, writable=True, disk=disk)
 
 
-def open_segment(files: Files, path: Path, *, direct: bool) -> Segment | Unreadable:
+def open_segment(files: Files, path: Path, *, direct: bool, disk: int = 0) -> Segment | Unreadable:
     """The segment in a file that exists, or why it is none. Raises `OSError` when it can't be read.
 
     A file that is shorter than its header says is allocated again; where that fails, and where the
@@ -195,7 +198,7 @@ def open_segment(files: Files, path: Path, *, direct: bool) -> Segment | Unreada
     except BaseException:
         files.close(fd)
         raise
-    return Segment(files, path, fd, header, direct=direct, writable=writable)
+    return Segment(files, path, fd, header, direct=direct, writable=writable, disk=disk)
 
 
 def _restored(files: Files, fd: int, header: SegmentHeader) -> bool:

@@ -1,6 +1,6 @@
 """The body of the kvstore process: store, byte plane, gRPC, event plane, metrics.
 
-1. The folder is locked, scanned, and its index rebuilt.
+1. The folders are locked, scanned, and the index rebuilt.
 2. The byte plane and gRPC listen, NOT_SERVING; then health says SERVING, the store is announced, and
    a `ready` event with its addresses is logged.
 3. `stop` is set: it announces that it drains, refuses new leases, waits for those that are out.
@@ -30,7 +30,7 @@ from common.transport.server import serve_bytes
 from services.kvstore.area import StoreArea
 from services.kvstore.options import StoreOptions
 from services.kvstore.service import SERVICE, KvStoreService
-from services.kvstore.settings import KvStoreSettings, disk_budget
+from services.kvstore.settings import KvStoreSettings
 from services.kvstore.store import Store
 
 log = Log("kvstore")
@@ -75,22 +75,24 @@ async def serve(settings: KvStoreSettings, stop: asyncio.Event) -> None:
 
 
 def open_store(settings: KvStoreSettings) -> Store:
-    """Locks and scans the folder. Blocking. Raises `SettingsError` for a folder that can't be used."""
-    folder = Path(settings.data)
+    """Locks and scans the folders. Blocking. Raises `SettingsError` when none can be used."""
+    folders = [Path(folder) for folder in settings.data]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise SettingsError(f"[kvstore] data = {list(settings.data)!r}: expected each folder once")
+    chosen = {name: getattr(settings, name) for name in StoreOptions.__struct_fields__}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        budget_bytes = disk_budget(settings)
-        if budget_bytes < settings.budget_bytes:
-            log.warning(
-                "budget_lowered", asked_bytes=settings.budget_bytes, budget_bytes=budget_bytes, reason="80 % of free disk"
-            )
-        names = set(StoreOptions.__struct_fields__) - {"budget_bytes"}
-        chosen = {name: getattr(settings, name) for name in names}
-        return Store.open(folder, StoreOptions(budget_bytes=budget_bytes, **chosen))
+        store = Store.open(folders, StoreOptions(**chosen))
     except OSError as error:
-        raise SettingsError(
-            f"[kvstore] data = {settings.data!r}: {error.strerror or error}; expected a folder to write to"
-        ) from error
+        shown = repr(settings.data[0] if len(folders) == 1 else list(settings.data))
+        raise SettingsError(f"[kvstore] data = {shown}: {error.strerror or error}; expected a folder to write to") from error
+    if store.space.budget_bytes < settings.budget_bytes:
+        log.warning(
+            "budget_lowered",
+            asked_bytes=settings.budget_bytes,
+            budget_bytes=store.space.budget_bytes,
+            reason="80 % of what is free on each disk",
+        )
+    return store
 
 
 async def _listen(
@@ -124,9 +126,11 @@ async def _listen(
 def _publish(settings: KvStoreSettings, store: Store, area: StoreArea, stack: AsyncExitStack) -> None:
     store.metrics.publish(
         lambda: {
-            "budget_bytes": ("Byte budget", store.options.budget_bytes),
+            "budget_bytes": ("Byte budget", store.space.budget_bytes),
             "used_bytes": ("Bytes of segment files", store.space.used_bytes),
             "blocks": ("Blocks stored", store.blocks),
+            "disks_serving": ("Data folders in full use", len(store.space.serving)),
+            "disks_failed": ("Data folders that are lost or take no writes", len(store.disks) - len(store.space.serving)),
             "leases": ("Leases out", len(store.leases)),
             "read_queue": ("Disk reads queued or running", store.readers.pending),
             "write_queue": ("Disk writes and syncs queued or running", store.writers.pending),

@@ -77,7 +77,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
             id=self._id,
             epoch=store.epoch,
             endpoint=self._endpoint_pb(),
-            budget_bytes=store.options.budget_bytes,
+            budget_bytes=store.space.budget_bytes,
             used_bytes=store.space.used_bytes,
             blocks=store.blocks,
             reads=metrics.reads,

@@ -1,19 +1,18 @@
 """Settings of the kvstore."""
 
-import shutil
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-FREE_SHARE_MAX = 0.8  # of what the disk has free or the store already holds: the rest is for everybody else
-
 
 class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One kvstore. Addresses are host:port; port 0 takes a free one and reports it."""
 
-    data: Annotated[str, Meta(min_length=1, description="folder of the blocks; one process owns it")]
+    data: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(min_length=1, max_length=64, description="folder of the blocks; once for each SSD; one process owns it"),
+    ]
     id: Annotated[str, Meta(description="name of this kvstore; empty: made from its epoch")] = ""
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="gRPC port")] = 0
@@ -26,11 +25,15 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         Meta(description="folder for unix sockets; peers on this host that share it move bytes by shared memory; empty: none"),
     ] = ""
     budget_bytes: Annotated[
-        int, Meta(ge=1 << 20, description="bytes of segment files at most; never more than 80 % of the disk's free space")
+        int,
+        Meta(
+            ge=1 << 20,
+            description="bytes of segment files at most, over all folders; never more than 80 % of what is free on each disk",
+        ),
     ] = 20 << 30
-    segment_bytes: Annotated[int, Meta(ge=1 << 16, description="size of a new segment file; at most an eighth of the budget")] = (
-        256 << 20
-    )
+    segment_bytes: Annotated[
+        int, Meta(ge=1 << 16, description="size of a new segment file; at most an eighth of a disk's budget")
+    ] = 256 << 20
     durable: Annotated[bool, Meta(description="sync before a block counts as stored; --no-durable trades that for speed")] = True
     direct: Annotated[bool, Meta(description="bypass the page cache where the file system can")] = True
     read_threads: Annotated[int, Meta(ge=1, le=256, description="disk reads at once")] = 16
@@ -53,15 +56,3 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     otlp_endpoint: Annotated[str, Meta(description="OpenTelemetry collector (http://host:port); empty: no traces")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log level")] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="log format")] = "json"
-
-
-def budget_that_fits(budget_bytes: int, free_bytes: int, held_bytes: int) -> int:
-    """The budget, or what 80 % of the disk's free space (with what the store holds of it) allows."""
-    return min(budget_bytes, int(FREE_SHARE_MAX * (free_bytes + held_bytes)))
-
-
-def disk_budget(settings: KvStoreSettings) -> int:
-    """`budget_that_fits` for the disk that the data folder is on. The folder exists."""
-    folder = Path(settings.data)
-    held_bytes = sum(path.stat().st_size for path in folder.rglob("*.seg"))
-    return budget_that_fits(settings.budget_bytes, shutil.disk_usage(folder).free, held_bytes)

@@ -9,9 +9,11 @@ A slot's life:
 `FREE` slots may still carry the header of a block that was evicted: a restart may find it again,
 whole, which is harmless. A condemned block's header is erased first, so that it isn't.
 Slots of a segment that can't be written are STORED (and pinned, as evicting gains nothing) or RETIRED.
+
+A slot number is `position * slots_per_segment + slot in the segment`. A segment's position counts the
+segments of the namespace over all disks; the number in its file name counts those on its own disk.
 """
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 
@@ -19,6 +21,7 @@ import numpy as np
 
 from common.blocks import Namespace
 from services.kvstore.eviction import EvictionPolicy
+from services.kvstore.free_slots import FreeSlots
 from services.kvstore.index import Index
 from services.kvstore.key_table import words
 from services.kvstore.record import Geometry
@@ -47,11 +50,11 @@ class Shelf:
         self.geometry = geometry
         self.policy = policy
         self.index = Index(policy, ticks, slots_expected)
-        self.segments: dict[int, Segment] = {}
+        self.segments: dict[int, Segment] = {}  # by position
         self.in_flight: dict[bytes, WriteItem] = {}
         self.preparing = 0  # requests that wait for space here
         self._state = bytearray()
-        self._free = array("i")
+        self._free = FreeSlots(lambda slot: self.place(slot)[0].disk)
 
     def __repr__(self) -> str:
         return f"Shelf({self.namespace[:8]}, segments={len(self.segments)}, blocks={len(self.index)}, free={self.free_slots})"
@@ -60,65 +63,71 @@ class Shelf:
     def free_slots(self) -> int:
         return len(self._free)
 
-    @property
-    def segment_bytes(self) -> int:
-        return len(self.segments) * self.geometry.segment_bytes
+    def free_on(self, disk: int) -> int:
+        """Free slots on one disk."""
+        return self._free.on(disk)
 
     def state(self, slot: int) -> SlotState:
         return SlotState(self._state[slot])
 
-    def next_segment_number(self, taken: Callable[[int], bool]) -> int:
-        """The lowest number that no segment has and `taken` doesn't claim."""
+    def next_segment_number(self, disk: int, taken: Callable[[int], bool]) -> int:
+        """The lowest number that no segment on `disk` has and `taken` doesn't claim."""
+        numbers = {segment.number for segment in self.segments.values() if segment.disk == disk}
         number = 0
-        while number in self.segments or taken(number):
+        while number in numbers or taken(number):
             number += 1
         return number
 
     def add_segment(self, segment: Segment) -> range:
         """Takes a segment in, all its slots RETIRED until `free` or `store_found`; their numbers."""
-        assert segment.geometry == self.geometry and segment.number not in self.segments
-        self.segments[segment.number] = segment
-        slots = self.segment_slots(segment.number)
+        assert segment.geometry == self.geometry
+        position = next(position for position in range(len(self.segments) + 1) if position not in self.segments)
+        self.segments[position] = segment
+        slots = self.segment_slots(position)
         self._state.extend(bytes(max(0, slots.stop - len(self._state))))
         self.index.grow(slots.stop)
         for slot in slots:
             self._state[slot] = SlotState.RETIRED
         return slots
 
-    def remove_segment(self, number: int) -> Segment:
+    def remove_segment(self, position: int) -> Segment:
         """Lets go of a segment whose slots are all FREE or RETIRED."""
-        slots = self.segment_slots(number)
+        slots = self.segment_slots(position)
         assert all(self._state[slot] in (SlotState.FREE, SlotState.RETIRED) for slot in slots)
-        self._free = array("i", [slot for slot in self._free if slot not in slots])
+        self._free.drop(slots)
         self._state[slots.start : slots.stop] = bytes(len(slots))
-        return self.segments.pop(number)
+        return self.segments.pop(position)
 
     def place(self, slot: int) -> tuple[Segment, int]:
         """The segment of a slot, and the slot's number in it."""
-        number, within = divmod(slot, self.geometry.slots_per_segment)
-        return self.segments[number], within
+        position, within = divmod(slot, self.geometry.slots_per_segment)
+        return self.segments[position], within
 
-    def take(self) -> int | None:
-        """A free slot to write into; None when there is none."""
-        if not self._free:
-            return None
-        slot = self._free.pop()
-        self._move(slot, SlotState.FREE, SlotState.IN_FLIGHT)
+    def slot_of(self, key: bytes) -> int | None:
+        """Where a block lies or is about to lie; None when it is neither stored nor on its way."""
+        slot = self.index.find(key)
+        if slot is None and key in self.in_flight:
+            return self.in_flight[key].slot
+        return slot
+
+    def take(self, disk: int) -> int | None:
+        """A free slot to write into, on `disk` if there is one; None when there is none at all."""
+        slot = self._free.take(disk)
+        if slot is not None:
+            self._move(slot, SlotState.FREE, SlotState.IN_FLIGHT)
         return slot
 
     def evict(self) -> int | None:
         """Frees the slot of the block that may best go; None when none may."""
         slot = self.index.evict()
         if slot is not None:
-            self._move(slot, SlotState.STORED, SlotState.FREE)
-            self._free.append(slot)
+            self._vacate(slot, SlotState.STORED)
         return slot
 
     def forget(self, slot: int) -> None:
         """Frees the slot of a stored block, whatever hangs on it."""
         self.index.remove(slot)
-        self._move(slot, SlotState.STORED, SlotState.FREE)
-        self._free.append(slot)
+        self._vacate(slot, SlotState.STORED)
 
     def store(self, item: WriteItem, checksum: int, sequence: int) -> None:
         """The item's block is durable in its slot: visible from now on."""
@@ -129,9 +138,7 @@ class Shelf:
     def give_back(self, item: WriteItem, *, failed: bool) -> None:
         """The item's slot will not be filled; after an I/O error it isn't used again."""
         del self.in_flight[item.key]
-        self._move(item.slot, SlotState.IN_FLIGHT, SlotState.RETIRED if failed else SlotState.FREE)
-        if not failed:
-            self._free.append(item.slot)
+        self._vacate(item.slot, SlotState.IN_FLIGHT, usable=not failed)
 
     def condemn(self, slot: int) -> None:
         """A stored block turned out bad: it is a miss from now on. `erased` follows."""
@@ -140,18 +147,17 @@ class Shelf:
 
     def erased(self, slot: int, *, usable: bool) -> None:
         """The header of a condemned block is gone, or (not usable) can't be erased."""
-        self._move(slot, SlotState.ERASING, SlotState.FREE if usable else SlotState.RETIRED)
-        if usable:
-            self._free.append(slot)
+        self._vacate(slot, SlotState.ERASING, usable=usable)
 
     def free(self, slot: int) -> None:
         """While opening: nothing of use is in this slot."""
         self._move(slot, SlotState.RETIRED, SlotState.FREE)
-        self._free.append(slot)
+        self._free.add(slot)
 
     def store_found(self, found: Sequence[FoundBlock]) -> None:
         """While opening: blocks were found, all different, in the order in which they were written."""
-        slots = np.array([self.segment_slots(block.segment).start + block.slot for block in found], np.int32)
+        starts = {id(segment): self.segment_slots(position).start for position, segment in self.segments.items()}
+        slots = np.array([starts[id(block.segment)] + block.slot for block in found], np.int32)
         for slot in slots.tolist():
             self._move(slot, SlotState.RETIRED, SlotState.STORED)
         sequences = np.array([block.sequence for block in found], np.uint64)
@@ -167,9 +173,37 @@ class Shelf:
             if not self.place(slot)[0].writable:
                 self.index.pin(slot)
 
-    def segment_slots(self, number: int) -> range:
+    def lose(self, slots: range) -> int:
+        """The disk under these slots is gone: their blocks are misses, and nothing is written there. How many blocks."""
+        self._free.drop(slots)
+        lost = 0
+        for slot in slots:
+            if self._state[slot] == SlotState.STORED:
+                self.index.remove(slot)
+                lost += 1
+            if self._state[slot] in (SlotState.STORED, SlotState.FREE):
+                self._state[slot] = SlotState.RETIRED
+        return lost
+
+    def seal(self, slots: range) -> None:
+        """Nothing can be written to these slots any more: their blocks stay, as evicting them gains nothing."""
+        self._free.drop(slots)
+        for slot in slots:
+            if self._state[slot] == SlotState.STORED:
+                self.index.pin(slot)
+            elif self._state[slot] == SlotState.FREE:
+                self._state[slot] = SlotState.RETIRED
+
+    def segment_slots(self, position: int) -> range:
         per_segment = self.geometry.slots_per_segment
-        return range(number * per_segment, (number + 1) * per_segment)
+        return range(position * per_segment, (position + 1) * per_segment)
+
+    def _vacate(self, slot: int, old: SlotState, *, usable: bool = True) -> None:
+        """Nothing of use is in the slot any more: FREE where it can be written, else RETIRED."""
+        usable = usable and self.place(slot)[0].writable
+        self._move(slot, old, SlotState.FREE if usable else SlotState.RETIRED)
+        if usable:
+            self._free.add(slot)
 
     def _move(self, slot: int, old: SlotState, new: SlotState) -> None:
         assert self._state[slot] == old, f"slot {slot} is {SlotState(self._state[slot]).name}, not {old.name}"

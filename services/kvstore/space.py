@@ -1,33 +1,34 @@
-"""Where a new block may lie: the byte budget, new segments, segments of other namespaces, eviction.
+"""Where a new block may lie: the byte budget, disks, new segments, segments of other namespaces, eviction.
 
-For a slot, in this order: a free one; a new segment, while the budget has room; a segment of another
+For a slot, in this order: a free one; a new segment, while a disk's budget has room; a segment of another
 namespace in which everything is colder than what would have to go here; the block that eviction
-gives up. Nothing of that: there is no space.
+gives up. Nothing of that: there is no space. Of several free slots a block takes one on the disk after its
+parent's, so that a chain goes round all disks and one prefix is read from all of them at once.
 
 Invariants:
-- The bytes of all segment files, those being created and those that can't be used included, never
-  exceed the budget (a budget that was lowered is met at start by dropping the coldest segments).
+- The bytes of all segment files on a disk, those being created and those that can't be used included,
+  never exceed its share of the budget (a share that shrank is met at start by dropping the coldest segments).
 - A segment with a leased block, or with a leased block's ancestor, is never taken.
+- Nothing is written to a disk that isn't SERVING.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 from common.blocks import Namespace
-from common.errors import Overloaded
 from common.logs import Log
+from services.kvstore.disk import Disk, DiskState
 from services.kvstore.eviction import LeafLru
 from services.kvstore.files import Files
 from services.kvstore.io_pool import IoPool
 from services.kvstore.metrics import Metrics
-from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry, SegmentHeader
-from services.kvstore.segment import Segment, create
+from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
+from services.kvstore.segment import Segment
+from services.kvstore.segment_files import SegmentFiles
 from services.kvstore.shelf import Shelf, SlotState
 
 log = Log("space")
-FULL_PAUSE_S = 5.0  # after a failed allocation: don't ask the file system for every request
 COMPARE_PAUSE_S = 5.0  # comparing namespaces looks at every block of the others
 SEGMENTS_PER_BUDGET = 8  # a segment is at most this fraction, so that namespaces can share a small budget
 
@@ -38,35 +39,37 @@ class Space:
     def __init__(
         self,
         files: Files,
-        folder: Path,
+        disks: Sequence[Disk],
         pool: IoPool,
         metrics: Metrics,
         *,
-        budget_bytes: int,
         segment_bytes: int,
-        direct: bool,
         clock: Callable[[], float],
+        failed: Callable[[Disk, BaseException], None],
     ) -> None:
+        """`failed` is told of errors on a disk."""
         self.shelves: dict[Namespace, Shelf] = {}
-        self.budget_bytes = budget_bytes
-        self.unusable_bytes = 0
-        self.unusable_numbers: dict[Namespace, set[int]] = {}
-        self._files = files
-        self._folder = folder
-        self._pool = pool
+        self.disks = disks
+        self.segment_files = SegmentFiles(files, disks, pool, clock, failed)
         self._metrics = metrics
         self._segment_bytes = segment_bytes
-        self._direct = direct
         self._clock = clock
         self._changing = asyncio.Lock()
-        self._changing_bytes = 0  # being created or removed
-        self._full_until_s = 0.0
         self._compare_again_s = 0.0
+        self._chains = itertools.count()  # where the next chain begins
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
+    def budget_bytes(self) -> int:
+        return sum(disk.budget_bytes for disk in self.disks)
+
+    @property
     def used_bytes(self) -> int:
-        return self.unusable_bytes + self._changing_bytes + sum(shelf.segment_bytes for shelf in self.shelves.values())
+        return sum(disk.used_bytes for disk in self.disks)
+
+    @property
+    def serving(self) -> list[Disk]:
+        return [disk for disk in self.disks if disk.state is DiskState.SERVING]
 
     def shelf(self, namespace: Namespace, payload_bytes: int, ticks: Iterator[int]) -> Shelf | None:
         """The namespace's shelf, made when it is new; None when not even one block fits the budget."""
@@ -74,7 +77,7 @@ class Space:
         if shelf is not None:
             return shelf
         geometry = self.geometry(payload_bytes)
-        if geometry.segment_bytes > self.budget_bytes:
+        if geometry.segment_bytes > max(disk.budget_bytes for disk in self.disks):
             return None
         return self.add_found(namespace, geometry, ticks)
 
@@ -87,7 +90,8 @@ class Space:
     def geometry(self, payload_bytes: int) -> Geometry:
         """Sizes of a new namespace's segments."""
         slot_bytes = Geometry(payload_bytes, 1).slot_bytes
-        room = min(self._segment_bytes, self.budget_bytes // SEGMENTS_PER_BUDGET) - PAGE_BYTES
+        share = self.budget_bytes // max(1, len(self.serving))
+        room = min(self._segment_bytes, share // SEGMENTS_PER_BUDGET) - PAGE_BYTES
         return Geometry(payload_bytes, min(SLOTS_MAX, max(1, room // slot_bytes)))
 
     async def prepare(self, shelf: Shelf, slots: int) -> None:
@@ -95,7 +99,7 @@ class Space:
 
         Goes on when the caller is cancelled: a segment that was made must be accounted for.
         """
-        if shelf.free_slots >= slots:
+        if shelf.free_slots >= slots and self._narrow(shelf, slots) is None:
             return
         task = asyncio.create_task(self._prepare(shelf, slots))
         self._tasks.add(task)
@@ -116,62 +120,90 @@ class Space:
 
     async def _prepare(self, shelf: Shelf, slots: int) -> None:
         async with self._changing:
+            while (disk := self._narrow(shelf, slots)) is not None:
+                if not await self._grow(shelf, disk) and not self.segment_files.paused(disk):
+                    break
             while shelf.free_slots < slots:
-                if self.used_bytes + shelf.geometry.segment_bytes <= self.budget_bytes:
-                    if not await self._grow(shelf):
+                roomy = [disk for disk in self.disks if disk.has_room(shelf.geometry.segment_bytes)]
+                if roomy:
+                    if not await self._grow(shelf, max(roomy, key=lambda disk: disk.budget_bytes - disk.used_bytes)):
                         return
                 elif not await self._take_over(shelf):
                     return
 
-    def take(self, shelf: Shelf) -> int | None:
+    def _narrow(self, shelf: Shelf, slots: int) -> Disk | None:
+        """A disk that has room, but not yet its part of the free slots that `slots` blocks in turn would take."""
+        serving = self.serving
+        part = -(-slots // max(1, len(serving)))
+        for disk in serving:
+            room = disk.has_room(shelf.geometry.segment_bytes) and not self.segment_files.paused(disk)
+            if room and shelf.free_on(disk.position) < part:
+                return disk
+        return None
+
+    def take(self, shelf: Shelf, parent: bytes) -> int | None:
         """A slot to write into, evicting if need be; None: there is no space."""
-        slot = shelf.take()
+        disk = self._disk_after(shelf, parent)
+        slot = shelf.take(disk)
         if slot is None and shelf.evict() is not None:
             self._metrics.evictions += 1
-            slot = shelf.take()
+            slot = shelf.take(disk)
         return slot
 
-    def fit_budget(self) -> None:
-        """At start: drops the coldest segments until the budget is met. Blocking."""
-        while self.used_bytes > self.budget_bytes:
-            chosen = self._coldest_segment(list(self.shelves.values()))
-            if chosen is None:
-                log.error("over_budget", used_bytes=self.used_bytes, budget_bytes=self.budget_bytes)
-                return
-            shelf, number, _ = chosen
-            segment = self._empty_segment(shelf, number)
-            log.event("segment_dropped", path=str(segment.path), reason="over the budget")
-            try:
-                segment.remove()
-            except OSError as error:
-                self._note_unremoved(segment, error)
+    def _disk_after(self, shelf: Shelf, parent: bytes) -> int:
+        """Where a block should lie: on the disk after its parent's; first blocks go in turn."""
+        beside = shelf.slot_of(parent)
+        after = next(self._chains) if beside is None else shelf.place(beside)[0].disk + 1
+        return after % len(self.disks)
 
-    async def _grow(self, shelf: Shelf) -> bool:
-        if self._clock() < self._full_until_s:
+    def fit_budget(self) -> None:
+        """At start: drops the coldest segments until every disk's budget is met. Blocking."""
+        for disk in self.disks:
+            while disk.used_bytes > disk.budget_bytes:
+                chosen = self._coldest_segment(list(self.shelves.values()), disk)
+                if chosen is None:
+                    log.error("over_budget", folder=str(disk.folder), used_bytes=disk.used_bytes, budget_bytes=disk.budget_bytes)
+                    break
+                shelf, position, _ = chosen
+                segment = self._empty_segment(shelf, position)
+                log.event("segment_dropped", path=str(segment.path), reason="over the budget")
+                self.segment_files.remove_now(segment)
+
+    async def lose(self, disk: Disk) -> None:
+        """A disk is gone: its blocks are misses from now on. Others get their turns in between."""
+        for shelf, position in self._segments_on(disk):
+            shelf.segments[position].writable = False
+            self._metrics.lost_blocks += shelf.lose(shelf.segment_slots(position))
+            await asyncio.sleep(0)
+
+    async def seal(self, disk: Disk) -> None:
+        """A disk takes no writes any more: its blocks are still served."""
+        for shelf, position in self._segments_on(disk):
+            if shelf.segments[position].writable:
+                shelf.segments[position].writable = False
+                shelf.seal(shelf.segment_slots(position))
+                await asyncio.sleep(0)
+
+    def _segments_on(self, disk: Disk) -> list[tuple[Shelf, int]]:
+        return [
+            (shelf, position)
+            for shelf in self.shelves.values()
+            for position, segment in shelf.segments.items()
+            if segment.disk == disk.position
+        ]
+
+    def adopt(self, shelf: Shelf, segment: Segment) -> range:
+        """Takes a segment in; the numbers of its slots."""
+        self.disks[segment.disk].segment_bytes += segment.geometry.segment_bytes
+        return shelf.add_segment(segment)
+
+    async def _grow(self, shelf: Shelf, disk: Disk) -> bool:
+        segment = await self.segment_files.make(shelf, disk)
+        if segment is None:
             return False
-        folder = self._folder / shelf.namespace
-        number = shelf.next_segment_number(self.unusable_numbers.get(shelf.namespace, set()).__contains__)
-        header = SegmentHeader(shelf.namespace_bytes, shelf.geometry, number)
-        self._changing_bytes += shelf.geometry.segment_bytes
-        try:
-            (result,) = await self._pool.submit([partial(self._create, folder, header)]).done
-        except Overloaded:
-            return False
-        finally:
-            self._changing_bytes -= shelf.geometry.segment_bytes
-        if isinstance(result, BaseException):
-            self._full_until_s = self._clock() + FULL_PAUSE_S
-            log.warning("no_new_segment", path=str(folder), bytes=header.geometry.segment_bytes, reason=str(result))
-            return False
-        for slot in reversed(shelf.add_segment(result)):
+        for slot in reversed(shelf.add_segment(segment)):
             shelf.free(slot)
         return True
-
-    def _create(self, folder: Path, header: SegmentHeader) -> Segment:
-        if not folder.exists():
-            self._files.make_folder(folder)
-            self._files.sync_folder(folder.parent)
-        return create(self._files, folder, header, direct=self._direct)
 
     async def _take_over(self, shelf: Shelf) -> bool:
         """Removes another namespace's segment if all in it is colder than what `shelf` would evict."""
@@ -183,58 +215,52 @@ class Space:
         if chosen is None or (own is not None and chosen[2] >= own):
             self._compare_again_s = self._clock() + COMPARE_PAUSE_S
             return False
-        other, number, _ = chosen
-        segment = self._empty_segment(other, number)
+        other, position, _ = chosen
+        segment = self._empty_segment(other, position)
         log.event("segment_taken", path=str(segment.path), by=shelf.namespace)
-        self._changing_bytes += other.geometry.segment_bytes
-        try:
-            (result,) = await self._pool.submit([partial(_remove, segment)]).done
-        except Overloaded as refused:
-            result = refused
-        finally:
-            self._changing_bytes -= other.geometry.segment_bytes
-        if isinstance(result, BaseException):
-            self._note_unremoved(segment, result)
+        await self.segment_files.remove(segment)
         return True
 
-    def _coldest_segment(self, shelves: list[Shelf]) -> tuple[Shelf, int, int] | None:
-        """The segment whose hottest block (descendants elsewhere included) is coldest, and that heat."""
+    def _coldest_segment(self, shelves: list[Shelf], disk: Disk | None = None) -> tuple[Shelf, int, int] | None:
+        """The segment (of one disk) whose hottest block, descendants elsewhere included, is coldest; its position and heat."""
         best: tuple[Shelf, int, int] | None = None
         for shelf in shelves:
-            for number in shelf.segments:
-                heat = _heat(shelf, number)
+            for position, segment in shelf.segments.items():
+                if self.disks[segment.disk].state is not DiskState.SERVING or disk not in (None, self.disks[segment.disk]):
+                    continue
+                heat = _heat(shelf, position)
                 if heat is not None and (best is None or heat < best[2]):
-                    best = (shelf, number, heat)
+                    best = (shelf, position, heat)
         return best
 
-    def _empty_segment(self, shelf: Shelf, number: int) -> Segment:
-        for slot in shelf.index.subtree(_stored(shelf, number)):
+    def _empty_segment(self, shelf: Shelf, position: int) -> Segment:
+        for slot in shelf.index.subtree(_stored(shelf, position)):
             shelf.forget(slot)
             self._metrics.segment_evictions += 1
-        return shelf.remove_segment(number)
+        return shelf.remove_segment(position)
 
-    def _note_unremoved(self, segment: Segment, error: BaseException) -> None:
-        segment.close()
-        self.unusable_bytes += segment.geometry.segment_bytes
-        self.unusable_numbers.setdefault(Namespace(segment.namespace.hex()), set()).add(segment.number)
-        log.error("segment_not_removed", path=str(segment.path), reason=str(error))
-
-
-def _remove(segment: Segment) -> bool:
-    segment.remove()
-    return True
-
-
-def _stored(shelf: Shelf, number: int) -> list[int]:
-    return [slot for slot in shelf.segment_slots(number) if shelf.state(slot) is SlotState.STORED]
+    def check_integrity(self) -> list[str]:
+        """What is wrong, in words."""
+        problems: list[str] = []
+        for disk in self.disks:
+            held = sum(shelf.geometry.segment_bytes for shelf, _ in self._segments_on(disk))
+            if held != disk.segment_bytes:
+                problems.append(f"{disk.folder}: {held} bytes in segments, {disk.segment_bytes} are accounted for")
+            if disk.used_bytes > disk.budget_bytes and disk.used_bytes > disk.unusable_bytes:
+                problems.append(f"{disk.folder}: {disk.used_bytes} bytes used of a budget of {disk.budget_bytes}")
+        return problems
 
 
-def _heat(shelf: Shelf, number: int) -> int | None:
+def _stored(shelf: Shelf, position: int) -> list[int]:
+    return [slot for slot in shelf.segment_slots(position) if shelf.state(slot) is SlotState.STORED]
+
+
+def _heat(shelf: Shelf, position: int) -> int | None:
     """Latest use of anything that would go with this segment; None when something may not go."""
-    if any(shelf.state(slot) in (SlotState.IN_FLIGHT, SlotState.ERASING) for slot in shelf.segment_slots(number)):
+    if any(shelf.state(slot) in (SlotState.IN_FLIGHT, SlotState.ERASING) for slot in shelf.segment_slots(position)):
         return None
     heat = 0
-    for slot in shelf.index.subtree(_stored(shelf, number)):
+    for slot in shelf.index.subtree(_stored(shelf, position)):
         if shelf.index.pinned(slot):
             return None
         heat = max(heat, shelf.policy.tick(slot))

@@ -1,6 +1,6 @@
 """The block store: what is stored, who may read or write it, and for how long.
 
-1. `Store.open` scans the folder, rebuilds the index, meets the budget. Blocking.
+1. `Store.open` scans the folders, rebuilds the index, meets the budget. Blocking.
 2. `lookup` finds and leases prefixes; `reserve` finds space and leases slots. The `Area`
    (area.py) moves the bytes under these leases and reports what became of them.
 3. `sweep` ends leases whose time is over.
@@ -27,7 +27,9 @@ from common.logs import Log
 from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken
 from services.kvstore.column import NO_SLOTS
-from services.kvstore.files import Files, FolderLock, direct_io_works
+from services.kvstore.disk import open_disks
+from services.kvstore.disk_watch import DiskWatch
+from services.kvstore.files import Files
 from services.kvstore.intake import Intake
 from services.kvstore.io_pool import IoPool
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
@@ -43,7 +45,6 @@ from services.kvstore.writer import Writer
 log = Log("store")
 EPOCH_BYTES = 16
 EXPIRY_POLL_S = 0.25  # while draining
-NAMESPACES_FOLDER = "namespaces"
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
 
 
@@ -68,7 +69,7 @@ class Store:
 
     def __init__(
         self,
-        folder: Path,
+        folders: Sequence[Path],
         options: StoreOptions,
         *,
         files: Files | None = None,
@@ -81,26 +82,20 @@ class Store:
         self.clock = clock
         self.draining = False
         self._files = files or Files()
-        self._files.make_folder(folder)
-        self._lock = FolderLock(folder)
-        self._root = folder / NAMESPACES_FOLDER
-        self._files.make_folder(self._root)
-        for parent in (folder, folder.parent):
-            self._files.sync_folder(parent)  # a power cut must not take the folders with what is in them
-        self.direct = options.direct and direct_io_works(folder)
+        self.disks = open_disks(self._files, folders, budget_bytes=options.budget_bytes, direct=options.direct)
         self.readers = IoPool(options.read_threads, "kvstore-read", options.pending_reads_max)
         self.writers = IoPool(options.write_threads, "kvstore-write", _PENDING_WRITES_MAX)
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.space = Space(
             self._files,
-            self._root,
+            self.disks,
             self.writers,
             self.metrics,
-            budget_bytes=options.budget_bytes,
             segment_bytes=options.segment_bytes,
-            direct=self.direct,
             clock=clock,
+            failed=lambda disk, error: self.watch.failed(disk, error),
         )
+        self.watch = DiskWatch(self._files, self.space, self.metrics)
         self._ticks = itertools.count(1)  # goes on behind the sequences on disk, which stand for the uses before
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
         self._lease_ended = asyncio.Event()
@@ -110,15 +105,15 @@ class Store:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folders: Path | Sequence[Path],
         options: StoreOptions,
         *,
         files: Files | None = None,
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
     ) -> "Store":
-        """Opens a folder, new or not. Blocking. Raises `Unavailable` when another process has it."""
-        store = cls(folder, options, files=files, clock=clock, metrics=metrics)
+        """Opens one folder or several, new or not. Blocking. Raises `Unavailable` when another process has one."""
+        store = cls([folders] if isinstance(folders, Path) else folders, options, files=files, clock=clock, metrics=metrics)
         try:
             store._load()
         except BaseException:
@@ -128,20 +123,21 @@ class Store:
 
     def _load(self) -> None:
         started_s = time.monotonic()
-        found, counts, last = scan(self._files, self._root, direct=self.direct, threads=self.options.read_threads)
+        found, counts, last = scan(self._files, self.disks, threads=self.options.read_threads)
         self._ticks = itertools.count(last + 1)
         for one in found:
-            self.space.unusable_numbers[one.namespace] = one.unusable_numbers
+            for disk, numbers in one.unusable_numbers.items():
+                self.space.segment_files.unusable_numbers[disk, one.namespace] = numbers
             self._load_namespace(one)
-        self.space.unusable_bytes = counts.unusable_bytes
         self.writer = Writer(self.writers, next_sequence=last + 1, durable=self.options.durable)
         self.metrics.corrupt_blocks += counts.damaged + counts.foreign + counts.torn
         self.space.fit_budget()
         seconds = time.monotonic() - started_s
         log.event(
             "store_opened",
-            folder=str(self._root.parent),
-            io="direct" if self.direct else "buffered",
+            folders=[str(disk.folder) for disk in self.disks],
+            disks=[str(disk.state) for disk in self.disks],
+            io=["direct" if disk.direct else "buffered" for disk in self.disks],
             seconds=round(seconds, 3),
             blocks_per_s=round(counts.blocks / max(seconds, 1e-9)),
             **msgspec.structs.asdict(counts),
@@ -151,11 +147,10 @@ class Store:
         if one.geometry is None:
             return
         shelf = self.space.add_found(one.namespace, one.geometry, self._ticks)
-        first_slot = {segment.number: shelf.add_segment(segment).start for segment in one.segments}
-        by_number = {segment.number: segment for segment in one.segments}
+        first_slot = {id(segment): self.space.adopt(shelf, segment).start for segment in one.segments}
         for segment, slot in reversed(one.free):
-            if by_number[segment].writable:
-                shelf.free(first_slot[segment] + slot)
+            if segment.writable:
+                shelf.free(first_slot[id(segment)] + slot)
         shelf.store_found(one.blocks)
 
     # Reading
@@ -194,12 +189,18 @@ class Store:
         self._erasing.add(task)
         task.add_done_callback(self._erasing.discard)
 
+    def io_failed(self, segment: Segment, error: BaseException) -> None:
+        """A read or write of a segment failed, or took too long: is it the disk?"""
+        self.watch.failed(self.disks[segment.disk], error)
+
     async def _erase(self, shelf: Shelf, slot: int, segment: Segment, within: int, writable: bool) -> None:
         usable = False
         if writable:
             try:
                 (result,) = await self.writers.submit([partial(_erase_slot, segment, within)]).done
                 usable = result is True
+                if isinstance(result, BaseException):
+                    self.io_failed(segment, result)
             except Overloaded:
                 usable = False
         shelf.erased(slot, usable=usable)
@@ -281,17 +282,20 @@ class Store:
     async def settle(self) -> None:
         """Waits for what the store does by itself: segments being made or removed, slots being erased."""
         await self.space.settle()
+        await self.watch.settle()
         while self._erasing:
             await asyncio.wait(self._erasing)
 
     def close(self) -> None:
-        """Ends the I/O and lets go of the folder. Blocking, idempotent."""
+        """Ends the I/O and lets go of the folders. Blocking, idempotent."""
         self.readers.close()
         self.writers.close()
+        self.watch.close()
         for shelf in self.space.shelves.values():
             for segment in shelf.segments.values():
                 segment.close()
-        self._lock.release()
+        for disk in self.disks:
+            disk.release()
 
     def _refuse_while_draining(self) -> None:
         if self.draining:
@@ -307,8 +311,7 @@ class Store:
         flying = sum(len(shelf.in_flight) * shelf.geometry.slot_bytes for shelf in self.space.shelves.values())
         if flying != self.intake.reserved_bytes:
             problems.append(f"{flying} bytes are in flight, {self.intake.reserved_bytes} are accounted for")
-        if self.space.used_bytes > self.options.budget_bytes and self.space.used_bytes > self.space.unusable_bytes:
-            problems.append(f"{self.space.used_bytes} bytes used of a budget of {self.options.budget_bytes}")
+        problems += self.space.check_integrity()
         if self.writer.open_writes > WINDOW:
             problems.append(f"{self.writer.open_writes} writes are open: at most {WINDOW}")
         return problems

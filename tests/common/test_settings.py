@@ -38,6 +38,14 @@ def test_lists_and_booleans_are_read_from_flags_and_variables() -> None:
     settings = load(Demo, "decode", ["--model", "m", "--peers", "a:1, b:2", "--no-sync", "--limit", "4"], {})
     assert settings == Demo(model="m", peers=("a:1", "b:2"), sync=False, limit=4)
     assert load(Demo, "decode", ["--model", "m"], {"PENSTOCK_DECODE_PEERS": "a:1,b:2"}).peers == ("a:1", "b:2")
+    assert load(Demo, "decode", ["--model", "m", "--peers", "a:1", "--peers", "b:2"], {}).peers == ("a:1", "b:2")
+
+
+def test_a_list_of_one_needs_no_brackets_in_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "penstock.toml"
+    for text in ('peers = "a:1"', 'peers = ["a:1"]'):
+        config.write_text(f'[decode]\nmodel = "m"\n{text}\n')
+        assert load(Demo, "decode", ["--config", str(config)], {}).peers == ("a:1",)
 
 
 @pytest.mark.parametrize(

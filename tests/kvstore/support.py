@@ -152,7 +152,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    folder: Path,
+    folder: Path | Sequence[Path],
     chosen: StoreOptions | None = None,
     *,
     files: Files | None = None,

@@ -8,6 +8,9 @@ from pathlib import Path
 from common.blocks import Namespace
 from common.transport.interface import Part, PartStatus
 from common.transport.memory import crc32c
+from services.kvstore.disk import read_identity, write_identity
+from services.kvstore.files import Files
+from services.kvstore.record import StoreIdentity, Unreadable, decode_store
 from tests.kvstore.support import offers, options, rig
 
 NAMESPACE = Namespace(bytes(range(32)).hex())
@@ -45,6 +48,16 @@ def sealed(fields: bytes, crc: str) -> bytes:
     return fields.ljust(4092, b"\0") + bytes.fromhex(crc)
 
 
+STORE_PAGE = bytes.fromhex(
+    "504e53544b53544f"  # magic "PNSTKSTO"
+    "01000000"  # version 1
+    "00000000"  # flags
+    "000102030405060708090a0b0c0d0e0f"  # store
+    "01000000"  # disk 1
+    "03000000"  # disks 3
+)
+GOLDEN_STORE = sealed(STORE_PAGE, "e3659a1b")
+
 GOLDEN = sealed(SEGMENT_PAGE, "1ce9c02e") + sealed(SLOT_PAGE, "3595fa0d") + PAYLOAD.ljust(4096, b"\0") + bytes(8192)
 
 
@@ -72,3 +85,14 @@ async def test_the_golden_file_is_read(tmp_path: Path) -> None:
         assert view is not None
         one.area.done_reading(found.token, [view])
         one.store.release(found.token)
+
+
+def test_the_golden_store_file_is_written_and_read(tmp_path: Path) -> None:
+    identity = StoreIdentity(bytes(range(16)), 1, 3)
+    write_identity(Files(), tmp_path, identity)
+    assert (tmp_path / "STORE").read_bytes() == GOLDEN_STORE
+    assert read_identity(Files(), tmp_path) == identity
+    for bit in range(8 * 40):
+        page = bytearray(GOLDEN_STORE)
+        page[bit // 8] ^= 1 << bit % 8
+        assert isinstance(decode_store(page), Unreadable)

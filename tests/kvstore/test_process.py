@@ -202,6 +202,21 @@ async def test_a_folder_that_cannot_be_used_stops_the_start_and_is_named(tmp_pat
         assert await one.child.wait() == 2
 
 
+async def test_one_process_stripes_over_several_folders(tmp_path: Path, region: Region) -> None:
+    keys = chain(12)
+    more = ("--data", str(tmp_path / "more"))
+    async with running(tmp_path, *more) as (_, client, _):
+        assert await put(client, region, keys) == keys
+    assert bytes_on_disk(tmp_path / "data") == bytes_on_disk(tmp_path / "more") > 0
+    async with running(tmp_path, *more) as (_, client, _), process(tmp_path) as second:
+        assert await get(client, region, keys) == 12
+        assert "is in use by process" in (await second.until("failed"))["reason"]
+    async with process(tmp_path, "--data", str(tmp_path / "data")) as twice:
+        assert "each folder once" in (await twice.until("failed"))["reason"]
+    async with process(tmp_path) as one:
+        assert (await one.until("disks_missing"))["numbers"] == [1]
+
+
 async def test_the_budget_is_lowered_to_what_the_disk_has(tmp_path: Path) -> None:
     async with process(tmp_path, "--budget-bytes", str(1 << 60)) as one:
         lowered = await one.until("budget_lowered")

@@ -4,8 +4,9 @@ import pytest
 
 from common.errors import SettingsError
 from common.settings import load
+from services.kvstore.budget import budget_that_fits
 from services.kvstore.options import StoreOptions
-from services.kvstore.settings import KvStoreSettings, budget_that_fits
+from services.kvstore.settings import KvStoreSettings
 
 GIB = 1 << 30
 
