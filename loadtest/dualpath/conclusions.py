@@ -30,17 +30,17 @@ class Crossing(msgspec.Struct, frozen=True):
 
 
 def ratios(found: Sequence[Measured], slo: Slo) -> dict[str, float]:
-    """The JSON line's figures."""
+    """The JSON line's figures. A key without a topology is of 1P1D."""
     every = [figures(measured, slo) for measured in found]
     out: dict[str, float] = {}
     for name in sorted({one.topology for one in every}):
         here = [one for one in every if one.topology == name]
         out |= _offline([one for one in here if one.part == "offline"], name)
-        out |= _online(here, name, slo)
+        out |= _online([one for one in here if one.part == "online"], name, slo)
         out |= _one_request([measured for measured in found if (measured.part, measured.topology) == ("one-request", name)], name)
         crossed = crossings([measured for measured in found if (measured.part, measured.topology) == ("crossing", name)])
         if crossed:
-            out[f"crossing_{name.lower()}_worst_over_better"] = max(point.over_better for point in crossed)
+            out[_key("crossing_worst_over_better", name)] = max(point.over_better for point in crossed)
     return {key: round(value, 3) for key, value in out.items()}
 
 
@@ -52,7 +52,7 @@ def _offline(here: Sequence[Figures], name: str) -> dict[str, float]:
         return out
     for mode, one in by_mode.items():
         if mode != BASIC:
-            out[f"{key}_{mode.replace('+', '_')}_over_basic"] = basic.wall_s / one.wall_s
+            out[f"{key}_{_word(mode)}_over_basic"] = basic.wall_s / one.wall_s
     full = by_mode.get(FULL)
     if full is not None:
         shape = topology(name)
@@ -60,20 +60,19 @@ def _offline(here: Sequence[Figures], name: str) -> dict[str, float]:
         bound = dual_bound(shape.prefills, shape.decodes, basic.wall_s, oracle.wall_s if oracle else None)
         gain = basic.wall_s / full.wall_s
         out |= {f"{key}_over_basic": gain, f"{key}_bound": bound, f"{key}_over_bound": gain / bound}
-        out[f"{key}_link_load_max_over_avg"] = full.max_over_avg
+        out[_key("link_load_max_over_avg", name)] = full.max_over_avg
     return out
 
 
 def _online(here: Sequence[Figures], name: str, slo: Slo) -> dict[str, float]:
-    key = f"online_{name.lower()}"
-    trials = {mode: [one for one in here if one.part == "online" and one.mode == mode] for mode in (BASIC, FULL)}
-    best = {mode: capacity_of(those, slo) for mode, those in trials.items()}
-    out = {f"{key}_aps_{mode}": one.step for mode, one in best.items() if one is not None}
-    basic, full = best[BASIC], best[FULL]
+    modes = dict.fromkeys(one.mode for one in here)
+    best = {mode: capacity_of([one for one in here if one.mode == mode], slo) for mode in modes}
+    out = {_key(f"online_aps_{_word(mode)}", name): one.step for mode, one in best.items() if one is not None}
+    basic, full = best.get(BASIC), best.get(FULL)
     if basic is not None and full is not None:
-        out[f"{key}_aps_over_basic"] = full.step / basic.step
+        out[_key("online_aps_over_basic", name)] = full.step / basic.step
         if basic.tpot and full.tpot:
-            out[f"{key}_tpot_over_basic"] = full.tpot.mean / basic.tpot.mean
+            out[_key("tpot_over_basic", name)] = full.tpot.mean / basic.tpot.mean
     return out
 
 
@@ -85,8 +84,7 @@ def capacity_of(trials: Sequence[Figures], slo: Slo) -> Figures | None:
 
 def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
     ttft = {one.mode: median_ttft_s(one) for one in here}
-    key = f"one_request_{name.lower()}"
-    out = {f"{key}_{mode.replace('+', '_')}_ttft_s": seconds for mode, seconds in ttft.items()}
+    out = {_key(f"one_request_{_word(mode)}_ttft_s", name): seconds for mode, seconds in ttft.items()}
     if not here or RECOMPUTE not in ttft:
         return out
     kv_bytes = statistics.mean(s.prompt_tokens for s in here[0].done.samples) * model.kv_bytes_per_token(model.shape())
@@ -95,7 +93,9 @@ def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
     links = [storage, storage] if shape.prefills and shape.decodes else [storage]
     for mode, rates in (("split", links), ("split+meet", [*links, made]), (FULL, [*links, made])):
         if mode in ttft:
-            out[f"{key}_{mode.replace('+', '_')}_over_sum_of_rates"] = ttft[mode] / one_request_bound_s(kv_bytes, rates, 0.0)
+            out[_key(f"one_request_{_word(mode)}_over_sum_of_rates", name)] = ttft[mode] / one_request_bound_s(
+                kv_bytes, rates, 0.0
+            )
     return out
 
 
@@ -112,3 +112,11 @@ def crossings(here: Sequence[Measured]) -> list[Crossing]:
 
 def median_ttft_s(of: Measured) -> float:
     return statistics.median(sample.ttft_s or float("inf") for sample in of.done.samples)
+
+
+def _word(mode: str) -> str:
+    return mode.replace("+", "_")
+
+
+def _key(text: str, topology_name: str) -> str:
+    return text if topology_name == "1P1D" else f"{topology_name.lower()}_{text}"

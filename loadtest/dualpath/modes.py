@@ -16,10 +16,10 @@ MODES = {
     mode.name: mode
     for mode in (
         Mode("basic", "prefill loads the whole prefix, then computes; workers in turn", ("--direct-tail-tokens", "0")),
-        Mode("full", "decode loads the whole prefix and computes the tail", ("--direct-tail-tokens", "16384")),
+        Mode("direct", "decode loads the whole prefix and computes the tail", ("--direct-tail-tokens", "16384")),
     )
 }
-ABLATION = ("basic", "full")
-ONLINE_MODES = ("basic", "full")
-ONE_REQUEST_MODES = ("basic", "full")
-CROSSING_MODES = ("basic", "full")
+ABLATION = ("basic", "direct")
+ONLINE_MODES = ("basic", "direct")
+ONE_REQUEST_MODES = ("basic", "direct")
+CROSSING_MODES = ("basic", "direct")

@@ -89,7 +89,7 @@ def tables(found: Sequence[Measured], every: Sequence[Figures]) -> list[tuple[st
 def _jobs(those: Sequence[Figures]) -> Table:
     rows = [["mode", "step", "seconds", "requests", "failed", "req/s", "out tok/s", "hit rate", "TTFT p50", "p90", "p99", "TPOT p50", "p99",
              "in SLO", "link max/avg", "whole job", "CPU cluster", "machine", "routes"]]  # fmt: skip
-    for one in sorted(those, key=lambda one: (list(MODES).index(one.mode), one.step)):
+    for one in sorted(those, key=lambda one: (one.mode not in MODES, [*MODES, one.mode].index(one.mode), one.step)):
         rows.append([
             one.mode, f"{one.step:g}", f"{one.wall_s:.2f}", str(one.requests), str(one.failed), f"{one.requests_per_s:.2f}",
             f"{one.output_tokens_per_s:.1f}", f"{one.hit_rate:.1%}", *_spread(one.ttft, ("p50", "p90", "p99")), *_spread(one.tpot, ("p50", "p99")),
