@@ -50,7 +50,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us in the background, with SIGINT ignored
+        signal.signal(number, _interrupted)
     try:
         topologies = [topology(name) for name in (options.topology or ("1P1D,1P2D,2P1D" if options.full else "1P1D")).split(",")]
         unknown = [mode for mode in filter(None, options.modes.split(",")) if mode not in MODES]
