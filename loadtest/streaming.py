@@ -27,6 +27,7 @@ class Answer:
         self.total_s = 0.0
         self.chunk_s: list[float] = []
         self.text = ""
+        self.token_ids: list[int] = []  # where the request asked for them
         self.usage: dict[str, Any] = {}
         self.finish_reason = ""
         self.status = 0
@@ -79,6 +80,7 @@ class Answer:
             text = (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
             if text or choice.get("token_ids") or choice.get("finish_reason"):  # some servers begin with a role alone
                 self.chunk_s.append(now - self.began)
+            self.token_ids += choice.get("token_ids") or []
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
             self.text += text
 

@@ -68,15 +68,22 @@ def make_model(
     `vocab_size` is the tokenizer's unless larger is asked; `context` becomes `max_position_embeddings`.
     """
     wanted = parse_count(params) if isinstance(params, str) else params
-    tokens = _tokenizer_tokens()
+    tokens = tokenizer_tokens()
     vocab = tokens if vocab_size is None else vocab_size
     if vocab < tokens:
         raise SettingsError(f"vocab_size = {vocab}: the demo tokenizer has {tokens} tokens; expected at least as many")
     if context < 1:
         raise SettingsError(f"context = {context}: expected at least 1 token")
+    shape = shape_for(wanted, vocab)
+    write_model(shape, out, dtype=dtype, seed=seed, context=context)
+    return shape.parameters
+
+
+def write_model(shape: Shape, out: Path, *, dtype: str = "bfloat16", seed: int = 0, context: int = 16_384) -> None:
+    """Writes the directory of a model of just this shape. `shape.hidden` is `shape.heads * HEAD_DIM`."""
+    assert shape.hidden == shape.heads * HEAD_DIM, shape
     if dtype not in DTYPES:
         raise SettingsError(f"dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
-    shape = shape_for(wanted, vocab)
     out.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copyfile(DEMO_MODEL / name, out / name)
@@ -86,7 +93,6 @@ def make_model(
         json.dumps({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}, indent=2) + "\n"
     )
     _write_weights(shape, out, dtype, seed)
-    return shape.parameters
 
 
 def shape_for(parameters: int, vocab: int) -> Shape:
@@ -210,7 +216,8 @@ def _tensor(size: tuple[int, ...], deviation: float | None, dtype: "torch.dtype"
     return torch.empty(size, dtype=torch.float32).normal_(0.0, deviation, generator=generator).to(dtype)
 
 
-def _tokenizer_tokens() -> int:
+def tokenizer_tokens() -> int:
+    """How many tokens the demo model's tokenizer has."""
     missing = [name for name in TOKENIZER_FILES if not (DEMO_MODEL / name).is_file()]
     if missing:
         raise UnsupportedModel(

@@ -110,9 +110,9 @@ async def _listen(
 
     bytes_server = await serve_bytes(
         area,
-        tcp=(settings.host, settings.bytes_port),
+        tcp=(settings.bytes_host or settings.host, settings.bytes_port),
         shm_path=Path(settings.run_dir) / f"{id_}.sock" if settings.run_dir else None,
-        advertise_host=settings.advertise_host,
+        advertise_host=settings.bytes_host or settings.advertise_host,
         reception=reception,
     )
     stack.push_async_callback(bytes_server.close)

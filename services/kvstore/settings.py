@@ -18,6 +18,9 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     port: Annotated[int, Meta(ge=0, le=65535, description="gRPC port")] = 0
     bytes_port: Annotated[int, Meta(ge=0, le=65535, description="byte-plane tcp port")] = 0
     advertise_host: Annotated[str, Meta(description="host that peers reach this kvstore by; empty: host")] = ""
+    bytes_host: Annotated[
+        str, Meta(description="address of the byte plane where it has a network of its own; empty: as host and advertise_host")
+    ] = ""
     metrics_port: Annotated[int, Meta(ge=0, le=65535, description="Prometheus port; 0: no metrics server")] = 0
     nats: Annotated[str, Meta(description="NATS URL; empty: no event plane, routers name this kvstore statically")] = ""
     run_dir: Annotated[

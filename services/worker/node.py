@@ -220,9 +220,9 @@ async def _listen(node: Node, worker: Role, stack: AsyncExitStack) -> rpc.Server
     by_grpc = BytesServicer(node.stage, reception=reception)
     bytes_server = await serve_bytes(
         node.stage,
-        tcp=(settings.host, settings.bytes_port),
+        tcp=(settings.bytes_host or settings.host, settings.bytes_port),
         shm_path=shm_path,
-        advertise_host=settings.advertise_host,
+        advertise_host=settings.bytes_host or settings.advertise_host,
         reception=reception,
     )
     stack.push_async_callback(bytes_server.close)

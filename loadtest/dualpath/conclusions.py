@@ -1,0 +1,122 @@
+"""What the measured jobs show together: the ratios that the experiment is for. Pure.
+
+A ratio that can't be formed, because a mode of it wasn't measured, is left out rather than guessed.
+"""
+
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+
+from loadtest.dualpath import model
+from loadtest.dualpath.figures import Figures, Slo, dual_bound, figures, one_request_bound_s
+from loadtest.dualpath.jobs import Measured
+from loadtest.dualpath.links import topology
+
+BASIC, FULL, ORACLE, RECOMPUTE = "basic", "full", "oracle", "recompute"
+
+
+class Crossing(msgspec.Struct, frozen=True):
+    """TTFT medians at one storage rate, in seconds; `over_better`: ours over the quicker of the two."""
+
+    rate: float
+    load_s: float
+    recompute_s: float
+    full_s: float
+
+    @property
+    def over_better(self) -> float:
+        return self.full_s / min(self.load_s, self.recompute_s)
+
+
+def ratios(found: Sequence[Measured], slo: Slo) -> dict[str, float]:
+    """The JSON line's figures. A key without a topology is of 1P1D."""
+    every = [figures(measured, slo) for measured in found]
+    out: dict[str, float] = {}
+    for name in sorted({one.topology for one in every}):
+        here = [one for one in every if one.topology == name]
+        out |= _offline([one for one in here if one.part == "offline"], name)
+        out |= _online([one for one in here if one.part == "online"], name, slo)
+        out |= _one_request([measured for measured in found if (measured.part, measured.topology) == ("one-request", name)], name)
+        crossed = crossings([measured for measured in found if (measured.part, measured.topology) == ("crossing", name)])
+        if crossed:
+            out[_key("crossing_worst_over_better", name)] = max(point.over_better for point in crossed)
+    return {key: round(value, 3) for key, value in out.items()}
+
+
+def _offline(here: Sequence[Figures], name: str) -> dict[str, float]:
+    by_mode = {one.mode: one for one in here}
+    basic, key = by_mode.get(BASIC), f"offline_{name.lower()}"
+    out: dict[str, float] = {}
+    if basic is None:
+        return out
+    for mode, one in by_mode.items():
+        if mode != BASIC:
+            out[f"{key}_{_word(mode)}_over_basic"] = basic.wall_s / one.wall_s
+    full = by_mode.get(FULL)
+    if full is not None:
+        shape = topology(name)
+        oracle = by_mode.get(ORACLE)
+        bound = dual_bound(shape.prefills, shape.decodes, basic.wall_s, oracle.wall_s if oracle else None)
+        gain = basic.wall_s / full.wall_s
+        out |= {f"{key}_over_basic": gain, f"{key}_bound": bound, f"{key}_over_bound": gain / bound}
+        out[_key("link_load_max_over_avg", name)] = full.max_over_avg
+    return out
+
+
+def _online(here: Sequence[Figures], name: str, slo: Slo) -> dict[str, float]:
+    modes = dict.fromkeys(one.mode for one in here)
+    best = {mode: capacity_of([one for one in here if one.mode == mode], slo) for mode in modes}
+    out = {_key(f"online_aps_{_word(mode)}", name): one.step for mode, one in best.items() if one is not None}
+    basic, full = best.get(BASIC), best.get(FULL)
+    if basic is not None and full is not None:
+        out[_key("online_aps_over_basic", name)] = full.step / basic.step
+        if basic.tpot and full.tpot:
+            out[_key("tpot_over_basic", name)] = full.tpot.mean / basic.tpot.mean
+    return out
+
+
+def capacity_of(trials: Sequence[Figures], slo: Slo) -> Figures | None:
+    """The trial with the highest rate that attained the objective."""
+    good = [one for one in trials if one.slo_share >= slo.share and not one.failed]
+    return max(good, key=lambda one: one.step, default=None)
+
+
+def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
+    ttft = {one.mode: median_ttft_s(one) for one in here}
+    out = {_key(f"one_request_{_word(mode)}_ttft_s", name): seconds for mode, seconds in ttft.items()}
+    if not here or RECOMPUTE not in ttft:
+        return out
+    kv_bytes = statistics.mean(s.prompt_tokens for s in here[0].done.samples) * model.kv_bytes_per_token(model.shape())
+    shape, storage = topology(name), here[0].rates.storage or float("inf")
+    made = kv_bytes / ttft[RECOMPUTE]
+    links = [storage, storage] if shape.prefills and shape.decodes else [storage]
+    for mode, rates in (("split", links), ("split+meet", [*links, made]), (FULL, [*links, made])):
+        if mode in ttft:
+            out[_key(f"one_request_{_word(mode)}_over_sum_of_rates", name)] = ttft[mode] / one_request_bound_s(
+                kv_bytes, rates, 0.0
+            )
+    return out
+
+
+def crossings(here: Sequence[Measured]) -> list[Crossing]:
+    """One point per storage rate at which all three sides were measured."""
+    ttft = {(one.mode, one.step): median_ttft_s(one) for one in here}
+    out = []
+    for rate in sorted({step for _, step in ttft}):
+        loads = [ttft[mode, rate] for mode, step in ttft if step == rate and mode not in (FULL, RECOMPUTE)]
+        if loads and (RECOMPUTE, rate) in ttft and (FULL, rate) in ttft:
+            out.append(Crossing(rate, min(loads), ttft[RECOMPUTE, rate], ttft[FULL, rate]))
+    return out
+
+
+def median_ttft_s(of: Measured) -> float:
+    return statistics.median(sample.ttft_s or float("inf") for sample in of.done.samples)
+
+
+def _word(mode: str) -> str:
+    return mode.replace("+", "_")
+
+
+def _key(text: str, topology_name: str) -> str:
+    return text if topology_name == "1P1D" else f"{topology_name.lower()}_{text}"

@@ -1,0 +1,202 @@
+"""The parts of the experiment. Each puts what it measures into `Results`, and measures nothing that is there already.
+
+Every part of one topology begins with the same *warm* store: the agents' contexts, computed once over unshaped links, not measured. Every mode
+gets a copy of it and processes of its own, answers a few requests that don't count (first touches; the router learns the links'
+rates), and then does its job.
+"""
+
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from loadtest.dualpath import model, trajectories
+from loadtest.dualpath.cluster import Cluster, copy_store
+from loadtest.dualpath.figures import Slo, figures
+from loadtest.dualpath.jobs import Job, Measured
+from loadtest.dualpath.links import Rates, Topology
+from loadtest.dualpath.measure import drive, measure
+from loadtest.dualpath.modes import CROSSING_MODES, MODES, ONE_REQUEST_MODES
+from loadtest.dualpath.namespaces import Lab
+from loadtest.dualpath.said import say
+from loadtest.dualpath.search import capacity
+from loadtest.dualpath.trajectories import Agent, Statistics, Turn
+
+STORAGE_BYTES_PER_S = 24e6
+COMPUTE_OVER_STORAGE = 8  # in the paper a node has eight NICs for the compute network and one for storage
+WARM_AT_ONCE = 2
+PRIMERS, PRIMERS_AT_ONCE = 4, 2
+CROSSING_OVER_RECOMPUTE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # storage rates, as multiples of the speed of recomputing
+REPEATS = 3
+
+
+class Size(msgspec.Struct, frozen=True):
+    """How much is done. `contexts` are stored ones, shared by the online agents; the offline job has one agent for each."""
+
+    contexts: int = 10
+    turns: int = 3
+    online_turns: int = 3
+    online_window_s: float = 40.0
+    long_context_tokens: int = 4096  # of the one-request part
+    statistics: Statistics = Statistics()
+
+
+FULL = Size(contexts=16, turns=6, online_turns=4, online_window_s=90.0, long_context_tokens=8192)
+
+
+class Results:
+    """Measured jobs of one report, each in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, part: str, topology: Topology, mode: str, step: float = 0.0) -> Measured | None:
+        path = self._folder / f"{part}-{topology}-{mode}-{step:g}.json"
+        return msgspec.json.decode(path.read_bytes(), type=Measured) if path.exists() else None
+
+    def put(self, measured: Measured) -> None:
+        (self._folder / f"{measured.name}.json").write_bytes(msgspec.json.encode(measured))
+
+    def all(self) -> list[Measured]:
+        return [msgspec.json.decode(path.read_bytes(), type=Measured) for path in sorted(self._folder.glob("*.json"))]
+
+
+class Experiment:
+    """One topology's parts, in its own namespaces, which somebody else builds and destroys."""
+
+    def __init__(self, lab: Lab, data: Path, logs: Path, results: Results, size: Size, seed: int, slo: Slo) -> None:
+        self._lab = lab
+        self._data = data
+        self._logs = logs
+        self._results = results
+        self._size = size
+        self._seed = seed
+        self._slo = slo
+        self._model = model.made(data)
+        self._vocab = model.vocab_size(self._model)
+        self._rates = Rates(STORAGE_BYTES_PER_S, COMPUTE_OVER_STORAGE * STORAGE_BYTES_PER_S)
+        self._agents = trajectories.agents(seed, size.contexts, size.turns, size.statistics, self._vocab)
+        rng = random.Random(seed + 1)
+        self._primers = [self._tokens(rng, size.statistics.context) for _ in range(PRIMERS)]
+        self._long = [self._tokens(rng, size.long_context_tokens) for _ in range(REPEATS)]
+
+    def offline(self, modes: Sequence[str]) -> None:
+        """All agents at once, each turn after turn, until all are done."""
+        for mode in modes:
+            if self._results.get("offline", self._lab.topology, mode) is None:
+                with self._cluster(mode) as cluster:
+                    self._prime(cluster)
+                    self._measure(cluster, self._agents, [0.0] * len(self._agents), "offline", mode)
+
+    def online(self, modes: Sequence[str]) -> None:
+        """Agents come at a rate; the highest rate at which enough requests attain the objective."""
+        per_agent = self._size.online_turns * self._size.statistics.context * model.kv_bytes_per_token(model.shape())
+        for mode in modes:
+            with self._cluster(mode) as cluster:
+                self._prime(cluster)
+                links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
+                guess = round(0.9 * links * STORAGE_BYTES_PER_S / per_agent, 2)
+                found = capacity(functools.partial(self._trial, cluster, mode), guess)
+                say(f"online {self._lab.topology} {mode}: {found:.3g} agents/s")
+
+    def one_request(self) -> None:
+        """One long prompt at a time on an idle cluster, from each source and from all."""
+        with self._cluster(ONE_REQUEST_MODES[0]) as cluster:
+            for mode in ONE_REQUEST_MODES:
+                cluster.restart_router(MODES[mode])
+                self._prime(cluster)
+                self._singles(cluster, self._long, "one-request", mode)
+
+    def crossing(self, recompute_bytes_per_s: float) -> None:
+        """The storage links' rate from far below to far above the speed of recomputing."""
+        with self._cluster(CROSSING_MODES[0]) as cluster:
+            for mode in CROSSING_MODES:
+                cluster.restart_router(MODES[mode])
+                for factor in CROSSING_OVER_RECOMPUTE:
+                    rate = round(factor * recompute_bytes_per_s, -5)
+                    self._lab.shape(Rates(rate, COMPUTE_OVER_STORAGE * max(rate, STORAGE_BYTES_PER_S)))
+                    self._prime(cluster)
+                    self._singles(cluster, [agent.context for agent in self._agents[:REPEATS]], "crossing", mode, rate)
+
+    def _trial(self, cluster: Cluster, mode: str, rate: float) -> bool:
+        rate = round(rate, 3)
+        known = self._results.get("online", self._lab.topology, mode, rate)
+        if known is None:
+            window = self._size.online_window_s
+            starts = trajectories.arrivals(self._seed, rate, window)
+            those = trajectories.agents(
+                random.Random(f"{self._seed} {rate}").getrandbits(32), len(starts), self._size.online_turns, self._size.statistics, self._vocab
+            )  # fmt: skip
+            shared = [
+                msgspec.structs.replace(agent, context=self._agents[agent.id % len(self._agents)].context) for agent in those
+            ]
+            known = self._measure(cluster, shared, starts, "online", mode, step=rate, turns_until_s=window)
+        found = figures(known, self._slo)
+        say(f"  {rate:g} agents/s: {found.slo_share:.0%} within the objective, {found.failed} failed")
+        return found.slo_share >= self._slo.share and not found.failed
+
+    def _singles(self, cluster: Cluster, contexts: Sequence[tuple[int, ...]], part: str, mode: str, step: float = 0.0) -> None:
+        rng = random.Random(f"{self._seed} {part} {mode} {step}")
+        appended = self._size.statistics.appended
+        those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts)]
+        self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
+
+    def _prime(self, cluster: Cluster) -> None:
+        rng = random.Random(f"{self._seed} {cluster.mode.name} {self._lab.rates}")
+        those = [Agent(n, context, (Turn(self._tokens(rng, 30), 2),)) for n, context in enumerate(self._primers)]
+        drive(self._lab, Job(cluster.url, cluster.model_name, those, [0.0] * len(those), PRIMERS_AT_ONCE))
+
+    def _measure(
+        self, cluster: Cluster, those: Sequence[Agent], starts: Sequence[float], part: str, mode: str, *, step: float = 0.0,
+        turns_until_s: float | None = None, at_once: int | None = None,
+    ) -> Measured:  # fmt: skip
+        job = Job(cluster.url, cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
+        measured = measure(self._lab, cluster, job, part=part, mode=mode, step=step)
+        self._results.put(measured)
+        found = figures(measured, self._slo)
+        ttft = f", TTFT p50 {found.ttft.p50:.0f} ms" if found.ttft else ""
+        say(f"{measured.name}: {found.wall_s:.2f} s, {found.requests} requests, {found.failed} failed{ttft}, {found.routes}")
+        return measured
+
+    @contextmanager
+    def _cluster(self, mode: str) -> Iterator[Cluster]:
+        """A fresh cluster of that mode, on a copy of the warm store, over shaped links."""
+        warm = self._warm()
+        live = self._data / "live"
+        copy_store(warm, live)
+        self._lab.shape(self._rates)
+        with self._running(live, mode) as cluster:
+            yield cluster
+
+    @contextmanager
+    def _running(self, store: Path, mode: str) -> Iterator[Cluster]:
+        cluster = Cluster(self._lab, self._model, store, self._logs / f"{self._lab.topology}-{mode}", MODES[mode])
+        try:
+            cluster.start()
+            yield cluster
+            cluster.stop()
+        finally:
+            cluster.kill()
+
+    def _warm(self) -> Path:
+        """The store with every context in it, made once for a seed and a size."""
+        stored = [*trajectories.contexts_of(self._agents), *self._primers, *self._long]
+        blocks = sum(len(context) // model.BLOCK_TOKENS for context in stored)
+        folder = self._data / f"warm-{self._model.name}-{self._seed}-{blocks}"
+        done = folder.with_suffix(".done")
+        if done.exists():
+            return folder
+        say(f"storing {len(stored)} contexts, {blocks} blocks of {model.bytes_per_block(model.shape())} bytes (not measured)")
+        self._lab.shape(Rates())
+        those = [Agent(n, (), (Turn(context, 1),)) for n, context in enumerate(stored)]
+        with self._running(folder, "basic") as cluster:
+            drive(self._lab, Job(cluster.url, cluster.model_name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks))
+        done.touch()
+        return folder
+
+    def _tokens(self, rng: random.Random, count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(trajectories.FIRST_TOKEN_ID, self._vocab) for _ in range(count))

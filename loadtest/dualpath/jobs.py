@@ -1,0 +1,68 @@
+"""What is asked of the agents' process, what it answers, and what is measured beside it. Only data: it crosses processes and lies in files."""
+
+import msgspec
+
+from loadtest.dualpath.links import Rates
+from loadtest.dualpath.trajectories import Agent
+from loadtest.samples import Sample
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What to do.
+
+    Attributes:
+        starts_s: when each agent begins; as many as agents.
+        at_once: agents in flight; the others wait for one to end.
+        turns_until_s: no turn is begun after that; None: all are.
+        stored_blocks: wait at the end until the kvstore holds so many.
+    """
+
+    url: str
+    model: str
+    agents: list[Agent]
+    starts_s: list[float]
+    at_once: int
+    turns_until_s: float | None = None
+    stored_blocks: int = 0
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What happened. `wall_s`: from the first request to the last token. `path_bytes`: what the services say they moved meanwhile."""
+
+    wall_s: float
+    samples: list[Sample]
+    path_bytes: dict[str, float]
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """The links at one moment: seconds since the job's process began, and port -> bytes so far (towards its worker, from it)."""
+
+    at_s: float
+    ports: dict[str, tuple[int, int]]
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """One job, raw. What it means is worked out in `figures`.
+
+    Attributes:
+        part: "offline", "online", "one-request" or "crossing".
+        step: what was varied within the part: agents per second, bytes per second; 0: nothing.
+        cpu_s: CPU seconds of each process of the cluster meanwhile.
+        machine_cpu_s: of everything on the machine, other people's work too.
+        cores: how many the machine has.
+    """
+
+    part: str
+    topology: str
+    mode: str
+    step: float
+    rates: Rates
+    done: Done
+    ticks: list[Tick]
+    cpu_s: dict[str, float]
+    machine_cpu_s: float
+    cores: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}-{self.topology}-{self.mode}-{self.step:g}"

@@ -1,0 +1,36 @@
+"""The experiment in small: real services in namespaces, a job over shaped links, the kernel's bytes beside the services' own.
+
+Needs root and iproute2; reported as not run elsewhere.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from loadtest.dualpath import namespaces
+from loadtest.dualpath.experiment import Experiment, Results, Size
+from loadtest.dualpath.figures import Slo, figures
+from loadtest.dualpath.links import Topology
+from loadtest.dualpath.trajectories import Statistics
+
+MISSING = namespaces.why_not()
+SMALL = Size(contexts=2, turns=2, long_context_tokens=256, statistics=Statistics(context=512, appended=26, generated=4))
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not run: {MISSING}")
+@pytest.mark.timeout(300)
+def test_a_basic_job_loads_over_prefills_link_alone_and_all_counters_agree(tmp_path: Path) -> None:
+    shape, results = Topology(1, 1), Results(tmp_path / "measured")
+    with namespaces.Lab(shape) as lab:
+        Experiment(lab, tmp_path, tmp_path / "logs", results, SMALL, 1, Slo()).offline(["basic"])
+    measured = results.get("offline", shape, "basic")
+    assert measured is not None
+    found = figures(measured, Slo())
+    assert (found.failed, found.requests) == (0, 4)
+    assert set(found.routes) == {"storage_to_prefill"}
+    assert found.hit_rate > 0.9
+    read = {link.port: link.towards_bytes for link in found.links if link.port.startswith("st-")}
+    said = found.path_bytes["storage_to_prefill"]
+    assert said <= read["st-prefill-0"] < 1.05 * said
+    assert read["st-decode-0"] < 0.05 * said
+    assert 1.0 <= found.overhead["compute"] < 1.05
