@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.penstock-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status test lint lock load bench-serve clean
+.PHONY: help setup up down status test lint lock load bench-serve bench-store-peers clean
 
 help:  ## list these commands
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ load: $(STAMP)  ## put a minute of chat and agent users on the running cluster a
 
 bench-serve: $(STAMP)  ## benchmark serving against transformers.generate; one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_serve $(ARGS)
+
+bench-store-peers: $(STAMP)  ## the kvstore beside LMCache's and Mooncake's SSD tiers (installed apart); one JSON line
+	@exec "$(BIN)/python" -m loadtest.bench_store_peers $(ARGS)
 
 -include deploy/docker/docker.mk
 
