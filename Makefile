@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.penstock-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status test lint lock load bench-serve bench-dualpath clean
+.PHONY: help setup up down status test lint lock load clean
+.PHONY: bench-serve bench-dualpath bench-store-peers
 
 help:  ## list these commands
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,9 @@ bench-serve: $(STAMP)  ## benchmark serving against transformers.generate; one J
 
 bench-dualpath: $(STAMP)  ## measure every route over shaped links in network namespaces; root; one JSON line
 	@exec "$(BIN)/python" -m loadtest.dualpath $(ARGS)
+
+bench-store-peers: $(STAMP)  ## the kvstore beside LMCache's and Mooncake's SSD tiers (installed apart); one JSON line
+	@exec "$(BIN)/python" -m loadtest.bench_store_peers $(ARGS)
 
 -include deploy/docker/docker.mk
 
