@@ -1,37 +1,39 @@
 """Reading leased blocks for the byte plane.
 
-An item of a read lease is read from its slot into the caller's memory (or a buffer of ours) and its
-payload checked against the checksum that the index holds for exactly this filling of the slot. That
-check also catches a misdirected or stale slot, so the header page isn't read again. The checksum goes
-along, and the receiver checks once more. A range of a block is cut from the verified whole.
+An item of a read lease is read from its slot, straight into the caller's memory where that is aligned, else
+into a buffer of ours, and its payload checked against the checksum that the index holds for exactly this
+filling of the slot. That check also catches a misdirected or stale slot, so the header page isn't read
+again. The checksum goes along, and the receiver checks once more. A range of a block is cut from the verified whole.
 
-Memory is bounded; reads wait for room. A disk that hangs costs the caller its deadline (EXPIRED),
-never more; only reads into the caller's own memory are waited for once they have started, because the
-disk may still write there.
+Memory is bounded; reads wait for room. A disk that hangs costs the caller its deadline (EXPIRED), never more;
+only reads into the caller's own memory are waited for once they have started, because the disk may
+still write there. That memory may be a peer's, who may scribble over it meanwhile: a mismatch there is
+settled by a second look into memory of our own, so that no peer can condemn a good block.
 """
 
 import asyncio
 import errno
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import msgspec
 
+from common.disk.batch import Batch, NotStarted
+from common.disk.pages import address
+from common.disk.transfer import Transfer
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
-from common.transport.memory import crc32c
-from services.kvstore.buffers import BufferPool, address, copy
-from services.kvstore.io_pool import NotStarted
+from common.transport.memory import copy, crc32c
+from services.kvstore.buffers import BufferPool
 from services.kvstore.leases import ReadLease
-from services.kvstore.record import pages
-from services.kvstore.segment import CorruptPayload, Segment
+from services.kvstore.segment import CorruptPayload
 from services.kvstore.shelf import Shelf
 from services.kvstore.store import Store
 
 log = Log("reads")
 _NOT_THE_DISK = (errno.EFAULT, errno.EINVAL, errno.ENOMEM, errno.EAGAIN, errno.EINTR)  # the block isn't to blame
 ReadResult = tuple[PartStatus, memoryview | None, int]
+Outcomes = Sequence[int | BaseException]  # per target: the checksum of its bytes, or why there are none
 
 
 class _Target(msgspec.Struct):
@@ -43,8 +45,34 @@ class _Target(msgspec.Struct):
     slot: int
     sequence: int
     checksum: int
-    view: memoryview | None = None
-    buffer: memoryview | None = None  # the pooled buffer under `view`
+    into: memoryview | None  # the caller's memory; None: the bytes are lent from `buffer`
+    buffer_bytes: int  # 0: the block goes straight into the caller's memory
+    buffer: memoryview | None = None  # ours, of the block
+
+    @property
+    def view(self) -> memoryview:
+        """Where the part's bytes are, when read."""
+        if self.into is not None:
+            return self.into
+        assert self.buffer is not None
+        return self.buffer[self.part.offset : self.part.offset + self.part.length]
+
+    def transfer(self) -> Transfer:
+        """The read of its block, which results in the checksum of its bytes."""
+        segment, within = self.shelf.place(self.slot)
+        if not self.buffer_bytes:
+            return segment.payload_read(within, self.view, self.checksum)
+        assert self.buffer is not None
+        whole = segment.payload_read(within, self.buffer, self.checksum)
+        piece = self.buffer[self.part.offset : self.part.offset + self.part.length]
+
+        def cut() -> int:
+            value = whole.finished()
+            if self.into is not None:
+                copy(self.into, piece)
+            return value if self.part.length == self.shelf.geometry.payload_bytes else crc32c(piece)
+
+        return msgspec.structs.replace(whole, check=cut)
 
 
 class Reads:
@@ -66,7 +94,7 @@ class Reads:
             return results
         targets: list[_Target] = []
         for i, part in enumerate(parts):
-            target = self._target(lease, i, part)
+            target = self._target(lease, i, part, into[i] if into is not None else None)
             if isinstance(target, PartStatus):
                 results[i] = (target, None, 0)
                 self._metrics.rejected_parts += target is PartStatus.REJECTED
@@ -77,12 +105,7 @@ class Reads:
         for target in targets:
             target.shelf.index.pin(target.slot)
         with self._metrics.read_s.time():
-            if into is not None:
-                for target in targets:
-                    target.view = into[target.index]
-                await self._read_waiting(targets, results)
-            else:
-                await self._read_buffered(targets, results)
+            await self._read(targets, results)
         return results
 
     def done_reading(self, views: Sequence[memoryview]) -> None:
@@ -92,7 +115,7 @@ class Reads:
             if buffer is not None:
                 self.buffers.give_back(buffer)
 
-    def _target(self, lease: ReadLease, i: int, part: Part) -> _Target | PartStatus:
+    def _target(self, lease: ReadLease, i: int, part: Part, into: memoryview | None) -> _Target | PartStatus:
         length = lease.shelf.geometry.payload_bytes
         if not 0 <= part.item < len(lease.slots) or part.offset < 0 or part.length <= 0 or part.offset + part.length > length:
             return PartStatus.REJECTED
@@ -100,82 +123,122 @@ class Reads:
         index = lease.shelf.index
         if index.key(slot) is None or index.sequence(slot) != sequence:
             return PartStatus.MISSING
-        return _Target(i, part, lease.shelf, slot, sequence, index.checksum(slot))
+        segment, _ = lease.shelf.place(slot)
+        straight = into is not None and part.length == length and segment.takes(into)
+        buffer_bytes = 0 if straight else lease.shelf.geometry.padded_bytes
+        return _Target(i, part, lease.shelf, slot, sequence, index.checksum(slot), into, buffer_bytes)
 
-    async def _read_waiting(self, targets: list[_Target], results: list[ReadResult]) -> None:
-        """Into the caller's memory: returns, or raises, when no thread touches it any more."""
+    async def _read(self, targets: list[_Target], results: list[ReadResult]) -> None:
+        """Returns, or raises, when nothing lands in the caller's memory any more."""
         try:
-            batch = self._store.readers.submit([_reading(target) for target in targets], self._deadline_s)
-        except Overloaded:
-            self._finish(targets, [NotStarted()] * len(targets), results)
-            return
-        try:
-            outcomes = await asyncio.shield(batch.done)
-        except asyncio.CancelledError:
-            self._store.readers.abandon(batch)
-            await asyncio.wait([batch.done])
-            self._finish(targets, batch.done.result(), results)
-            raise
-        self._finish(targets, outcomes, results)
-
-    async def _read_buffered(self, targets: list[_Target], results: list[ReadResult]) -> None:
-        """Into our buffers: returns at the deadline, even where a thread still hangs in a read."""
-        deadline_s = asyncio.get_running_loop().time() + self._deadline_s
-        buffers: list[memoryview] | None = None
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                buffers = await self.buffers.take_all([pages(target.part.length) for target in targets])
-        except TimeoutError:
-            pass
+            room = await self._take_buffers(targets)
         except asyncio.CancelledError:
             self._unpin(targets)
             raise
-        if buffers is None:
+        if not room:
             self._unpin(targets)
             for target in targets:
                 results[target.index] = (PartStatus.FULL, None, 0)
             return
-        for target, buffer in zip(targets, buffers, strict=True):
-            target.buffer = buffer
-            target.view = buffer[: target.part.length]
         try:
-            batch = self._store.readers.submit([_reading(target) for target in targets], self._deadline_s)
+            batch = self._store.readers.submit([target.transfer() for target in targets], self._deadline_s)
         except Overloaded:
             self._finish(targets, [NotStarted()] * len(targets), results)
             return
+        waits = any(not target.buffer_bytes for target in targets)
         try:
-            await asyncio.wait([batch.done], timeout=self._deadline_s)
+            await asyncio.wait([batch.done], timeout=None if waits else self._deadline_s)
         except asyncio.CancelledError:
             self._store.readers.abandon(batch)
-            batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
+            if waits:
+                await asyncio.wait([batch.done])
+            self._finish_later(batch, targets)
             raise
         if batch.done.done():
-            self._finish(targets, batch.done.result(), results)
+            outcomes = batch.done.result()
+            self._finish(targets, await self._second_looks(targets, outcomes), results)
             return
-        batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
+        self._finish_later(batch, targets)
         self._metrics.failed_reads += len(targets)
         log.warning("read_deadline", parts=len(targets), deadline_s=self._deadline_s)
         for target in targets:
             self._store.io_failed(target.shelf.place(target.slot)[0], TimeoutError(f"no answer for {self._deadline_s:g} s"))
             results[target.index] = (PartStatus.EXPIRED, None, 0)
 
-    def _finish(self, targets: list[_Target], outcomes: Sequence[int | BaseException], results: list[ReadResult] | None) -> None:
+    async def _take_buffers(self, targets: list[_Target]) -> bool:
+        """Gets a buffer for each target that needs one, or none for any: there was no room in time."""
+        wanting = [target for target in targets if target.buffer_bytes]
+        if not wanting:
+            return True
+        buffers: list[memoryview] | None = None
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                buffers = await self.buffers.take_all([target.buffer_bytes for target in wanting])
+        except TimeoutError:
+            pass
+        if buffers is None:
+            return False
+        for target, buffer in zip(wanting, buffers, strict=True):
+            target.buffer = buffer
+        return True
+
+    async def _second_looks(self, targets: list[_Target], outcomes: Outcomes) -> Outcomes:
+        """The outcomes, mismatches in the caller's memory settled by a read into ours."""
+        doubted = {
+            i: msgspec.structs.replace(target, buffer_bytes=target.shelf.geometry.padded_bytes)
+            for i, (target, outcome) in enumerate(zip(targets, outcomes, strict=True))
+            if isinstance(outcome, CorruptPayload) and not target.buffer_bytes
+        }
+        if not doubted:
+            return outcomes
+        looks = list(doubted.values())
+        seconds: Outcomes = [NotStarted()] * len(looks)
+        if await self._take_buffers(looks):
+            seconds = await self._look(looks) or seconds
+        settled = dict(zip(doubted, seconds, strict=True))
+        return [settled.get(i, outcome) for i, outcome in enumerate(outcomes)]
+
+    async def _look(self, looks: list[_Target]) -> Outcomes | None:
+        """Reads into our buffers and gives them back; None when the deadline passed."""
+
+        def give_back(_: object) -> None:
+            for look in looks:
+                assert look.buffer is not None
+                self.buffers.give_back(look.buffer)
+
+        try:
+            batch = self._store.readers.submit([look.transfer() for look in looks], self._deadline_s)
+        except Overloaded:
+            give_back(None)
+            return None
+        batch.done.add_done_callback(give_back)
+        await asyncio.wait([batch.done], timeout=self._deadline_s)
+        return batch.done.result() if batch.done.done() else None
+
+    def _finish_later(self, batch: Batch[int], targets: list[_Target]) -> None:
+        """Nobody waits for the bytes any more."""
+        batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
+
+    def _finish(self, targets: list[_Target], outcomes: Outcomes, results: list[ReadResult] | None) -> None:
         """Settles every target; `results` is None when nobody waits for the bytes any more."""
         self._unpin(targets)
         for target, outcome in zip(targets, outcomes, strict=True):
+            sending = False
             if isinstance(outcome, int):
                 self._metrics.reads += 1
                 self._metrics.read_bytes += target.part.length
                 if results is not None:
                     results[target.index] = (PartStatus.OK, target.view, outcome)
-                    if target.buffer is not None:
-                        self._sending[address(target.buffer)] = target.buffer
-                    continue
+                    sending = target.into is None
             else:
                 status = self._failed_read(target, outcome)
                 if results is not None:
                     results[target.index] = (status, None, 0)
-            if target.buffer is not None:
+            if target.buffer is None:
+                continue
+            if sending:
+                self._sending[address(target.view)] = target.buffer
+            else:
                 self.buffers.give_back(target.buffer)
 
     def _unpin(self, targets: list[_Target]) -> None:
@@ -202,24 +265,3 @@ class Reads:
         if sending > self.buffers.taken_bytes:
             return [f"{sending} bytes are being sent, {self.buffers.taken_bytes} were taken"]
         return []
-
-
-def _reading(target: _Target) -> Callable[[], int]:
-    """Fills `target.view`; the checksum of what is in it."""
-    segment, within = target.shelf.place(target.slot)
-    assert target.view is not None
-    if target.part.length == target.shelf.geometry.payload_bytes:
-        return partial(_read_whole, segment, within, target.view, target.buffer, target.checksum)
-    return partial(_read_range, segment, within, target.view, target.part.offset, target.checksum)
-
-
-def _read_whole(segment: Segment, slot: int, view: memoryview, buffer: memoryview | None, checksum: int) -> int:
-    segment.read_verified(slot, view if buffer is None else buffer, checksum)
-    return checksum
-
-
-def _read_range(segment: Segment, slot: int, view: memoryview, offset: int, checksum: int) -> int:
-    piece = segment.read_own(slot, checksum)[offset : offset + len(view)]
-    value = crc32c(piece)
-    copy(view, piece)
-    return value

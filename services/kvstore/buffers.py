@@ -6,27 +6,9 @@ gives way to the one that is.
 """
 
 import asyncio
-import mmap
 from collections import defaultdict, deque
 
-import numpy as np
-
-_PAGE_BYTES = mmap.PAGESIZE
-
-
-def aligned(length: int) -> memoryview:
-    """Zeroed, pre-faulted memory that starts on a page."""
-    return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
-
-
-def address(view: memoryview) -> int:
-    """Where a non-empty view's bytes lie."""
-    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
-
-
-def copy(into: memoryview, source: memoryview) -> None:
-    """Copies equal lengths; other threads run meanwhile."""
-    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
+from common.disk.pages import aligned
 
 
 class BufferPool:

@@ -11,7 +11,7 @@ from functools import partial
 
 from services.kvstore.disk import Disk, DiskState
 from services.kvstore.files import Files
-from services.kvstore.io_pool import IoPool
+from common.disk.io_pool import IoPool
 from services.kvstore.metrics import Metrics
 from services.kvstore.space import Space
 

@@ -1,26 +1,26 @@
 """The file system calls that the store makes, in one place.
 
 `Files` is the real thing. Tests pass a layer over it that records, fails or forgets, so every call
-that can lose data goes through here.
+that can lose data goes through here, and so does the io_uring that makes them in bulk.
 """
 
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
+from common.disk.engine import Machine
+from common.disk.pages import aligned
 from common.errors import Unavailable
 from common.transport.memory import crc32c
 from services.kvstore.budget import Room
-from services.kvstore.buffers import aligned
 
 PROBE_NAME = ".probe"
 LOCK_NAME = "LOCK"
 
 
-class Files:
+class Files(Machine):
     """Thin, blocking calls; errors are `OSError`."""
 
     def open(self, path: Path, flags: int) -> int:
@@ -29,20 +29,11 @@ class Files:
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        return os.preadv(fd, buffers, offset)
-
-    def write(self, fd: int, buffer: memoryview, offset: int) -> int:
-        return os.pwrite(fd, buffer, offset)
-
     def allocate(self, fd: int, length: int) -> None:
         os.posix_fallocate(fd, 0, length)
 
     def size(self, fd: int) -> int:
         return os.fstat(fd).st_size
-
-    def sync(self, fd: int) -> None:
-        os.fdatasync(fd)
 
     def make_folder(self, path: Path) -> None:
         path.mkdir(mode=0o750, parents=True, exist_ok=True)

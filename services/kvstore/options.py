@@ -2,6 +2,8 @@
 
 import msgspec
 
+from common.disk.engine import EngineChoice
+
 
 class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds and choices of a store; `settings.py` documents them."""
@@ -9,8 +11,9 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int
     segment_bytes: int = 256 << 20
     reserved_bytes_max: int = 1 << 30
-    read_threads: int = 16
-    write_threads: int = 8
+    io: EngineChoice = "auto"
+    read_depth: int = 32
+    write_depth: int = 16
     pending_reads_max: int = 65_536
     durable: bool = True
     direct: bool = True

@@ -3,11 +3,10 @@
 1. `create` writes a complete file under a temporary name and renames it: a segment either exists
    with all its bytes allocated, or doesn't.
 2. `open_segment` takes one that exists; what can't be written is served read-only.
-3. Slots are read, written, erased; `sync` makes what was written durable.
+3. Slots are read, written and synced by an I/O engine: `payload_read`, `slot_write` and `sync_transfer` say how.
+4. `read_header`, `read_own`, `erase`, `sync` block, for the scan and for repairs.
 
-All calls block and raise `OSError`; they run in an `IoPool`. With direct I/O every transfer is of
-aligned whole pages; what the caller's memory can't take that way goes through a scratch buffer of
-the thread.
+Blocking calls raise `OSError`. With direct I/O every transfer is of aligned whole pages.
 """
 
 import errno
@@ -15,8 +14,9 @@ import os
 import threading
 from pathlib import Path
 
+from common.disk.pages import address, aligned
+from common.disk.transfer import Op, Transfer
 from common.transport.memory import crc32c
-from services.kvstore.buffers import address, aligned, copy
 from services.kvstore.files import Files
 from services.kvstore.record import (
     PAGE_BYTES,
@@ -25,7 +25,6 @@ from services.kvstore.record import (
     Unreadable,
     decode_segment,
     encode_segment,
-    pages,
 )
 
 SUFFIX = ".seg"
@@ -64,50 +63,51 @@ class Segment:
         """Fills `page` (aligned) with the slot's header page."""
         self._read([page], self.geometry.slot_offset(slot))
 
-    def read_payload(self, slot: int, into: memoryview) -> None:
-        """Fills `into`, of payload length or padded length, from the slot."""
-        offset = self.geometry.slot_offset(slot) + PAGE_BYTES
-        if not self._direct:
-            self._read([into], offset)
-            return
-        if address(into) % PAGE_BYTES:
-            bounce = scratch(pages(len(into)))
-            self._read([bounce], offset)
-            copy(into, bounce[: len(into)])
-            return
-        whole = len(into) // PAGE_BYTES * PAGE_BYTES
-        buffers = [into[:whole]] if whole else []
-        tail = scratch(PAGE_BYTES) if whole < len(into) else None
-        self._read([*buffers, tail] if tail is not None else buffers, offset)
-        if tail is not None:
-            into[whole:] = tail[: len(into) - whole]
-
-    def read_verified(self, slot: int, into: memoryview, checksum: int) -> None:
-        """`read_payload`, then the checksum. Raises `CorruptPayload`.
-
-        `into` may be a peer's memory, which the peer may scribble over meanwhile: a mismatch is
-        settled on a second read into memory of our own, so that no peer can condemn a good block.
-        """
-        length = self.geometry.payload_bytes
-        self.read_payload(slot, into)
-        if crc32c(into[:length]) == checksum:
-            return
-        own = self.read_own(slot, checksum)
-        copy(into[:length], own)
-
     def read_own(self, slot: int, checksum: int) -> memoryview:
-        """The verified payload in this thread's scratch buffer, valid until its next call."""
+        """The verified payload in this thread's scratch buffer, valid until its next call. Raises `CorruptPayload`."""
         own = scratch(self.geometry.padded_bytes)
-        self.read_payload(slot, own)
+        self._read([own], self.payload_offset(slot))
         payload = own[: self.geometry.payload_bytes]
         if crc32c(payload) != checksum:
-            raise CorruptPayload(f"slot {slot} of {self.path}")
+            raise self.corrupt(slot)
         return payload
 
-    def write_slot(self, slot: int, image: memoryview) -> None:
+    def payload_offset(self, slot: int) -> int:
+        """Where the payload starts in the file."""
+        return self.geometry.slot_offset(slot) + PAGE_BYTES
+
+    def takes(self, into: memoryview) -> bool:
+        """Whether a payload can be read straight into this memory."""
+        return not self._direct or address(into) % PAGE_BYTES == 0
+
+    def payload_read(self, slot: int, into: memoryview, checksum: int) -> Transfer:
+        """Fills `into`, of payload length or padded length, with the verified payload; results in its checksum."""
+        assert self.takes(into)
+        whole = len(into) // PAGE_BYTES * PAGE_BYTES
+        tail = aligned(PAGE_BYTES) if self._direct and whole < len(into) else None
+        length = self.geometry.payload_bytes
+
+        def check() -> int:
+            if tail is not None:
+                into[whole:] = tail[: len(into) - whole]
+            if crc32c(into[:length]) != checksum:
+                raise self.corrupt(slot)
+            return checksum
+
+        buffers = [into] if tail is None else [into[:whole], tail] if whole else [tail]
+        return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check)
+
+    def slot_write(self, slot: int, image: memoryview) -> Transfer:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
         assert len(image) == self.geometry.slot_bytes
-        self._write(image, self.geometry.slot_offset(slot))
+        return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot))
+
+    def sync_transfer(self) -> Transfer:
+        """Makes durable what was written before."""
+        return Transfer(Op.SYNC, self._fd)
+
+    def corrupt(self, slot: int) -> CorruptPayload:
+        return CorruptPayload(f"slot {slot} of {self.path}")
 
     def erase(self, slot: int) -> None:
         """Makes the slot empty, so that no scan finds a block in it. Durable after `sync`."""

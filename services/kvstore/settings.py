@@ -39,8 +39,12 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ] = 256 << 20
     durable: Annotated[bool, Meta(description="sync before a block counts as stored; --no-durable trades that for speed")] = True
     direct: Annotated[bool, Meta(description="bypass the page cache where the file system can")] = True
-    read_threads: Annotated[int, Meta(ge=1, le=256, description="disk reads at once")] = 16
-    write_threads: Annotated[int, Meta(ge=1, le=256, description="disk writes at once")] = 8
+    io: Annotated[
+        Literal["auto", "io_uring", "threads"],
+        Meta(description="how disk I/O is done; auto: io_uring where kernel and container allow it, else threads"),
+    ] = "auto"
+    read_depth: Annotated[int, Meta(ge=1, le=256, description="disk reads at once")] = 32
+    write_depth: Annotated[int, Meta(ge=1, le=256, description="disk writes at once")] = 16
     pending_reads_max: Annotated[int, Meta(ge=1, description="disk reads that may queue; more fail at once")] = 65_536
     reserved_bytes_max: Annotated[
         int, Meta(ge=1 << 20, description="space reserved and not yet written, of all writers; more is dropped")

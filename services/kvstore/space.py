@@ -17,11 +17,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from common.blocks import Namespace
+from common.disk.io_pool import IoPool
 from common.logs import Log
 from services.kvstore.disk import Disk, DiskState
 from services.kvstore.eviction import LeafLru
 from services.kvstore.files import Files
-from services.kvstore.io_pool import IoPool
 from services.kvstore.metrics import Metrics
 from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
 from services.kvstore.segment import Segment

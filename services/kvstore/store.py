@@ -22,6 +22,8 @@ from pathlib import Path
 import msgspec
 
 from common.blocks import Namespace
+from common.disk.engine import open_engine
+from common.disk.io_pool import IoPool
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import Admission, BlockMeta
@@ -31,7 +33,6 @@ from services.kvstore.disk import open_disks
 from services.kvstore.disk_watch import DiskWatch
 from services.kvstore.files import Files
 from services.kvstore.intake import Intake
-from services.kvstore.io_pool import IoPool
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
 from services.kvstore.options import StoreOptions
@@ -45,6 +46,7 @@ from services.kvstore.writer import Writer
 log = Log("store")
 EPOCH_BYTES = 16
 EXPIRY_POLL_S = 0.25  # while draining
+_FILE_THREADS = 4  # segments being made or removed, headers being erased
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
 
 
@@ -83,13 +85,18 @@ class Store:
         self.draining = False
         self._files = files or Files()
         self.disks = open_disks(self._files, folders, budget_bytes=options.budget_bytes, direct=options.direct)
-        self.readers = IoPool(options.read_threads, "kvstore-read", options.pending_reads_max)
-        self.writers = IoPool(options.write_threads, "kvstore-write", _PENDING_WRITES_MAX)
+        self.readers = open_engine(
+            self._files, options.io, label="kvstore-read", depth=options.read_depth, pending_max=options.pending_reads_max
+        )
+        self.writers = open_engine(
+            self._files, options.io, label="kvstore-write", depth=options.write_depth, pending_max=_PENDING_WRITES_MAX
+        )
+        self.files_pool = IoPool(_FILE_THREADS, "kvstore-files", _PENDING_WRITES_MAX)
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.space = Space(
             self._files,
             self.disks,
-            self.writers,
+            self.files_pool,
             self.metrics,
             segment_bytes=options.segment_bytes,
             clock=clock,
@@ -123,7 +130,7 @@ class Store:
 
     def _load(self) -> None:
         started_s = time.monotonic()
-        found, counts, last = scan(self._files, self.disks, threads=self.options.read_threads)
+        found, counts, last = scan(self._files, self.disks, threads=self.options.read_depth)
         self._ticks = itertools.count(last + 1)
         for one in found:
             for disk, numbers in one.unusable_numbers.items():
@@ -197,7 +204,7 @@ class Store:
         usable = False
         if writable:
             try:
-                (result,) = await self.writers.submit([partial(_erase_slot, segment, within)]).done
+                (result,) = await self.files_pool.submit([partial(_erase_slot, segment, within)]).done
                 usable = result is True
                 if isinstance(result, BaseException):
                     self.io_failed(segment, result)
@@ -290,6 +297,7 @@ class Store:
         """Ends the I/O and lets go of the folders. Blocking, idempotent."""
         self.readers.close()
         self.writers.close()
+        self.files_pool.close()
         self.watch.close()
         for shelf in self.space.shelves.values():
             for segment in shelf.segments.values():

@@ -1,4 +1,4 @@
-"""Durable writes: numbered, written by several threads, made durable in groups.
+"""Durable writes: numbered, written at depth, made durable in groups.
 
 1. A batch gets consecutive sequence numbers when the window has room: at most `WINDOW` numbers are
    open at once, which is what lets a restart know which blocks may be torn.
@@ -9,12 +9,11 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import msgspec
 
+from common.disk.engine import Engine
 from common.errors import Overloaded
-from services.kvstore.io_pool import IoPool
 from services.kvstore.scan import WINDOW
 from services.kvstore.segment import Segment
 
@@ -40,8 +39,8 @@ class Outcome(msgspec.Struct, frozen=True):
 class Writer:
     """Writes batches of slots. Belongs to the event loop."""
 
-    def __init__(self, pool: IoPool, *, next_sequence: int, durable: bool) -> None:
-        self._pool = pool
+    def __init__(self, engine: Engine, *, next_sequence: int, durable: bool) -> None:
+        self._engine = engine
         self._next = next_sequence
         self._durable = durable
         self._open: dict[int, None] = {}  # sequence numbers in order
@@ -64,16 +63,15 @@ class Writer:
         try:
             for write, number in zip(writes, numbers, strict=True):
                 write.seal(number)
-            calls = [partial(_write_one, write) for write in writes]
-            results: list[bool | BaseException]
+            results: list[int | BaseException]
             try:
-                results = await self._pool.submit(calls).done
+                results = await self._engine.submit([write.segment.slot_write(write.slot, write.image) for write in writes]).done
             except Overloaded as refused:
                 results = [refused] * len(writes)
-            touched = {write.segment for write, result in zip(writes, results, strict=True) if result is True}
+            touched = {write.segment for write, result in zip(writes, results, strict=True) if isinstance(result, int)}
             synced = dict(zip(touched, await asyncio.gather(*(self._sync(one) for one in touched)), strict=True))
             return [
-                Outcome(number, synced[write.segment] if result is True else _error(result))
+                Outcome(number, result if isinstance(result, BaseException) else synced[write.segment])
                 for write, number, result in zip(writes, numbers, results, strict=True)
             ]
         finally:
@@ -96,7 +94,7 @@ class Writer:
             return None
         group = self._syncs.get(id(segment))
         if group is None:
-            group = self._syncs[id(segment)] = _GroupSync(self._pool, segment)
+            group = self._syncs[id(segment)] = _GroupSync(self._engine, segment)
         try:
             return await group.sync()
         finally:
@@ -107,8 +105,8 @@ class Writer:
 class _GroupSync:
     """Syncs of one file: at most one runs, and everyone who comes meanwhile shares the next."""
 
-    def __init__(self, pool: IoPool, segment: Segment) -> None:
-        self._pool = pool
+    def __init__(self, engine: Engine, segment: Segment) -> None:
+        self._engine = engine
         self._segment = segment
         self._running: asyncio.Task[BaseException | None] | None = None
         self._following: asyncio.Task[BaseException | None] | None = None
@@ -131,26 +129,12 @@ class _GroupSync:
         if before is not None:
             await asyncio.wait([before])
             self._running, self._following = self._following, None
+        result: int | BaseException
         try:
-            (result,) = await self._pool.submit([partial(_sync_one, self._segment)]).done
+            (result,) = await self._engine.submit([self._segment.sync_transfer()]).done
         except Overloaded as refused:
             result = refused
         finally:
             if self._following is None:
                 self._running = None
         return result if isinstance(result, BaseException) else None
-
-
-def _error(result: bool | BaseException) -> BaseException:
-    assert isinstance(result, BaseException)
-    return result
-
-
-def _write_one(write: SlotWrite) -> bool:
-    write.segment.write_slot(write.slot, write.image)
-    return True
-
-
-def _sync_one(segment: Segment) -> bool:
-    segment.sync()
-    return True

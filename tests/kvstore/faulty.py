@@ -1,17 +1,81 @@
-"""File layers for tests: one that fails on demand, one that remembers everything for a crash."""
+"""File layers for tests: one that fails on demand, one that remembers everything for a crash.
+
+Their rings ask the same layer: an operation that it may fail or must see is made by it, on a thread, and
+completes through the ring like any other.
+"""
 
 import errno
 import os
 import random
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from common.disk.ring import Ring, open_ring
 from services.kvstore.files import Files
 
 SECTOR = 512  # what a disk writes at once
+
+
+class LayeredRing(Ring):
+    """A ring whose operations go through `files` where `seen` says so."""
+
+    def __init__(self, entries: int, files: Files, seen: Callable[[str], bool]) -> None:
+        open_ring(1).close()  # raises `RingUnavailable`
+        super().__init__(entries)
+        self._files, self._seen = files, seen
+        self._threads: dict[int, threading.Thread] = {}
+        self._ended: deque[tuple[int, int]] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        return super().in_flight + len(self._threads)
+
+    def read(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+        if self._seen("read"):
+            self._start(tag, lambda: self._files.read(fd, buffers, offset))
+        else:
+            super().read(tag, fd, buffers, offset)
+
+    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+        if self._seen("write"):
+            self._start(tag, lambda: self._files.write(fd, buffers[0], offset))
+        else:
+            super().write(tag, fd, buffers, offset)
+
+    def sync(self, tag: int, fd: int) -> None:
+        if self._seen("sync"):
+            self._start(tag, lambda: self._files.sync(fd) or 0)
+        else:
+            super().sync(tag, fd)
+
+    def submit(self, *, wait: bool = False) -> None:
+        if wait and self._threads:
+            for thread in list(self._threads.values()):
+                thread.join()
+            wait = False
+        super().submit(wait=wait)
+
+    def reap(self) -> list[tuple[int, int]]:
+        ended = [self._ended.popleft() for _ in range(len(self._ended))]
+        for tag, _ in ended:
+            self._threads.pop(tag).join()
+        return ended + super().reap()
+
+    def _start(self, tag: int, call: Callable[[], int]) -> None:
+        def run() -> None:
+            try:
+                result = call()
+            except OSError as error:
+                result = -(error.errno or errno.EIO)
+            self._ended.append((tag, result))
+            os.eventfd_write(self.fd, 1)
+
+        self._threads[tag] = threading.Thread(target=run)
+        self._threads[tag].start()
 
 
 class FailingFiles(Files):
@@ -19,6 +83,9 @@ class FailingFiles(Files):
 
     def __init__(self) -> None:
         self.fail: dict[str, Callable[..., int | None]] = {}
+
+    def ring(self, entries: int) -> Ring:
+        return LayeredRing(entries, self, lambda name: name in self.fail)
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         got = self.fail["read"](fd, buffers, offset) if "read" in self.fail else None
@@ -83,6 +150,9 @@ class RecordingFiles(Files):
         self._lock = threading.Lock()
         self._numbers: dict[int, int] = {}  # inode -> file number; inodes aren't reused while fds are open
         self._keep: list[int] = []
+
+    def ring(self, entries: int) -> Ring:
+        return LayeredRing(entries, self, lambda name: name != "read")
 
     def mark(self, what: object) -> None:
         self._note(Event("mark", mark=what))

@@ -52,6 +52,7 @@ def offers(keys: Sequence[bytes], parent: bytes = ROOT, length: int = LENGTH) ->
 
 
 SEGMENT_BYTES = 4096 + 4 * 12288  # four slots of LENGTH bytes
+ENGINE = "auto"  # the fixture `engine` sets it
 CAPACITY = 32  # blocks of LENGTH bytes in the default budget
 
 
@@ -60,9 +61,10 @@ def options(**changed: object) -> StoreOptions:
     chosen: dict[str, object] = {
         "budget_bytes": 8 * SEGMENT_BYTES,
         "segment_bytes": SEGMENT_BYTES,
-        "read_threads": 2,
-        "write_threads": 2,
+        "read_depth": 2,
+        "write_depth": 2,
         "direct": False,
+        "io": ENGINE,
     }
     return msgspec.convert(chosen | changed, StoreOptions)
 

@@ -11,13 +11,20 @@ import pytest
 from common.storage import BlockMeta
 from common.transport.interface import PartStatus
 from services.kvstore import scan, writer
+from services.kvstore.options import StoreOptions
 from tests.kvstore.faulty import Event, RecordingFiles, disk_after_crash
 from tests.kvstore.support import NAMESPACE, OTHER, ROOT, Rig, bytes_on_disk, chain, leftovers, offers, options, rig
 
 SLOT_BYTES, LENGTH = 8192, 2500
-OPTIONS = options(budget_bytes=8 * (4096 + 2 * SLOT_BYTES), segment_bytes=4096 + 2 * SLOT_BYTES, read_threads=1)
+BUDGET_BYTES = 8 * (4096 + 2 * SLOT_BYTES)
 CHAINS = [(NAMESPACE, chain(5, f"crash{i}")) for i in range(4)] + [(OTHER, chain(4, "other")), (NAMESPACE, chain(5, "crash0"))]
 EVERYTHING = sorted({(namespace, key) for namespace, keys in CHAINS for key in keys})
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+
+def small() -> StoreOptions:
+    return options(budget_bytes=BUDGET_BYTES, segment_bytes=4096 + 2 * SLOT_BYTES, read_depth=1)
 
 
 async def live(one: Rig, files: RecordingFiles) -> None:
@@ -53,12 +60,12 @@ def committed_at(events: Sequence[Event], crash: int) -> frozenset[tuple[str, by
 
 async def survives(folder: Path, committed: frozenset[tuple[str, bytes]]) -> int:
     """Reopens what a crash left; how many damaged blocks were found."""
-    async with rig(folder, OPTIONS) as one:
+    async with rig(folder, small()) as one:
         readable = {
             (namespace, key) for namespace, key in EVERYTHING if await one.readable([key], namespace, LENGTH)
         }  # `readable` asserts that no wrong bytes are served
         assert committed <= readable
-        assert bytes_on_disk(folder) <= OPTIONS.budget_bytes
+        assert bytes_on_disk(folder) <= BUDGET_BYTES
         assert not leftovers(folder)
         namespace, keys = CHAINS[0]
         assert PartStatus.FAILED not in await one.put(keys, namespace=namespace, length=LENGTH)
@@ -75,7 +82,7 @@ async def test_every_crash_point_keeps_what_was_committed_and_serves_nothing_wro
     monkeypatch.setattr(writer, "BATCH_MAX", min(writer.BATCH_MAX, window))
     origin = tmp_path / "origin"
     files = RecordingFiles(origin)
-    async with rig(origin, OPTIONS, files=files) as one:
+    async with rig(origin, small(), files=files) as one:
         await live(one, files)
         assert one.store.metrics.evictions and one.store.metrics.segment_evictions
     files.close_all()
@@ -95,7 +102,7 @@ async def test_every_crash_point_keeps_what_was_committed_and_serves_nothing_wro
 async def test_a_crash_of_the_process_alone_loses_nothing(tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     files = RecordingFiles(origin)
-    async with rig(origin, OPTIONS, files=files) as one:
+    async with rig(origin, small(), files=files) as one:
         await live(one, files)
         stored = _stored(one)
     files.close_all()

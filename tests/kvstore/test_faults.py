@@ -32,6 +32,8 @@ from tests.kvstore.support import (
     slot_offset,
 )
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 OK, FAILED = PartStatus.OK, PartStatus.FAILED
 
 

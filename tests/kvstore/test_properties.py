@@ -24,7 +24,7 @@ from tests.kvstore.support import (
     rig,
 )
 
-OPTIONS = options(budget_bytes=3 * SEGMENT_BYTES + 5, segment_bytes=SEGMENT_BYTES, read_threads=1, write_threads=1)
+OPTIONS = options(budget_bytes=3 * SEGMENT_BYTES + 5, segment_bytes=SEGMENT_BYTES, read_depth=1, write_depth=1)
 CHAINS = [(NAMESPACE, ROOT, chain(8, f"c{i}")) for i in range(4)]
 CHAINS += [(NAMESPACE, CHAINS[0][2][3], chain(4, "branch", CHAINS[0][2][3])), (OTHER, ROOT, chain(5, "other"))]
 WHICH = st.integers(0, len(CHAINS) - 1)

@@ -29,6 +29,8 @@ from tests.kvstore.support import (
     segment_files,
 )
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 OK = PartStatus.OK
 
 

@@ -13,35 +13,13 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import TypeVar
 
+from common.disk.batch import Batch
 from common.errors import Overloaded
 
 T = TypeVar("T")
-
-
-class NotStarted(Exception):
-    """The call was never made: its deadline passed in the queue, or nobody waits any more."""
-
-
-class Batch(Generic[T]):
-    """Calls submitted together. `done` resolves when none of them is queued or running."""
-
-    def __init__(self, calls: Sequence[Callable[[], T]], loop: asyncio.AbstractEventLoop) -> None:
-        self.calls = calls
-        self.results: list[T | BaseException | None] = [None] * len(calls)
-        self.done: asyncio.Future[list[T | BaseException]] = loop.create_future()
-        self.next = 0  # first call that no thread has taken
-        self.running = 0
-        self.loop = loop
-        self.timer: asyncio.TimerHandle | None = None
-
-    def finish(self) -> None:
-        """On the loop, once."""
-        if self.timer is not None:
-            self.timer.cancel()
-        if not self.done.done():
-            self.done.set_result([result for result in self.results if result is not None])
+_Queued = tuple[Batch[object], Sequence[Callable[[], object]]]
 
 
 class IoPool:
@@ -50,7 +28,7 @@ class IoPool:
     def __init__(self, threads: int, name: str, pending_max: int) -> None:
         self.pending = 0  # calls queued or running
         self.pending_max = pending_max
-        self._turn: deque[Batch[object]] = deque()
+        self._turn: deque[_Queued] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
@@ -59,7 +37,7 @@ class IoPool:
 
     def submit(self, calls: Sequence[Callable[[], T]], deadline_s: float | None = None) -> Batch[T]:
         """Queues calls, none of which may return None. Raises `Overloaded`."""
-        batch = Batch(calls, asyncio.get_running_loop())
+        batch: Batch[T] = Batch(len(calls), asyncio.get_running_loop())
         if not calls:
             batch.finish()
             return batch
@@ -69,7 +47,7 @@ class IoPool:
                     f"{self.pending} disk operations are pending, {len(calls)} more asked for: at most {self.pending_max}"
                 )
             self.pending += len(calls)
-            self._turn.append(batch)  # type: ignore[arg-type]
+            self._turn.append((batch, calls))  # type: ignore[arg-type]
             self._changed.notify(min(len(calls), len(self._threads)))
         if deadline_s is not None:
             batch.timer = batch.loop.call_later(deadline_s, self.abandon, batch)
@@ -78,20 +56,17 @@ class IoPool:
     def abandon(self, batch: Batch[T]) -> None:
         """Gives up the calls of a batch that were not started. Idempotent."""
         with self._changed:
-            left = len(batch.calls) - batch.next
+            left = batch.give_up()
             if not left:
                 return
-            for index in range(batch.next, len(batch.calls)):
-                batch.results[index] = NotStarted()
-            batch.next = len(batch.calls)
-            self._turn.remove(batch)  # type: ignore[arg-type]
+            self._turn = deque(entry for entry in self._turn if entry[0] is not batch)
             self.pending -= left
-            finished = not batch.running
-        if finished:
+            settled = batch.settled
+        if settled:
             batch.finish()
 
     def close(self) -> None:
-        """Ends the threads when what is queued is done. Blocks."""
+        """Ends the threads when what is queued is done. Blocks; idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -105,23 +80,20 @@ class IoPool:
                     if self._closed:
                         return
                     self._changed.wait()
-                batch = self._turn.popleft()
-                index = batch.next
-                batch.next += 1
-                batch.running += 1
-                if batch.next < len(batch.calls):
-                    self._turn.append(batch)
+                batch, calls = self._turn.popleft()
+                index = batch.start()
+                if batch.left:
+                    self._turn.append((batch, calls))
             result: object
             try:
-                result = batch.calls[index]()
+                result = calls[index]()
             except BaseException as error:
                 result = error
             with self._changed:
-                batch.results[index] = result
-                batch.running -= 1
+                batch.settle(index, result)
                 self.pending -= 1
-                finished = not batch.running and batch.next == len(batch.calls)
-            if finished:
+                settled = batch.settled
+            if settled:
                 self._tell(batch)
 
     @staticmethod

@@ -1,0 +1,216 @@
+"""Disk transfers through an io_uring, completions on the event loop.
+
+1. `submit` queues a batch. While fewer than `depth` transfers are at the kernel, one of each batch in turn
+   goes there, so that a long batch doesn't hold up a short one.
+2. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
+   before anything is checked, so that the disk has work meanwhile.
+3. What came short goes on where it stopped; what the kernel had no memory for goes again.
+4. Checks run on the loop, about a MiB at a time.
+
+A transfer that was not started when the batch's deadline passes, or when the batch is abandoned, results in
+`NotStarted`. One that was started is always waited for: the disk may be writing to its memory.
+"""
+
+import asyncio
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+import msgspec
+
+from common.disk.batch import Batch
+from common.disk.ring import Ring
+from common.disk.transfer import Op, Transfer
+from common.errors import Overloaded
+
+TURN_BYTES = 1 << 20  # of checks before the loop gets its turn: about 100 us
+AGAIN_MAX = 100  # times that the kernel may ask for one transfer again
+AGAIN_S = 0.002
+_AGAIN = (errno.EAGAIN, errno.EINTR)
+
+
+class _Flight(msgspec.Struct):
+    """A transfer at the kernel."""
+
+    batch: Batch[int]
+    index: int
+    transfer: Transfer
+    done: int = 0
+    again: int = 0
+
+
+class RingEngine:
+    """An `Engine` over a `Ring` of its own. Submit from one event loop."""
+
+    name = "io_uring"
+
+    def __init__(self, ring: Ring, depth: int, pending_max: int) -> None:
+        self._pending = 0
+        self.pending_max = pending_max
+        self.depth = min(depth, ring.entries)
+        self._ring = ring
+        self._turn: deque[tuple[Batch[int], Sequence[Transfer]]] = deque()
+        self._flights: dict[int, _Flight] = {}
+        self._tags = 0
+        self._arrived: deque[tuple[_Flight, OSError | None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._using = threading.Lock()  # `close` may come from another thread
+
+    @property
+    def pending(self) -> int:
+        return self._pending
+
+    def submit(self, transfers: Sequence[Transfer], deadline_s: float | None = None) -> Batch[int]:
+        """Queues transfers. Raises `Overloaded`."""
+        loop = asyncio.get_running_loop()
+        batch: Batch[int] = Batch(len(transfers), loop)
+        if not transfers:
+            batch.finish()
+            return batch
+        if self._closed or self._pending + len(transfers) > self.pending_max:
+            raise Overloaded(
+                f"{self.pending} disk operations are pending, {len(transfers)} more asked for: at most {self.pending_max}"
+            )
+        self._listen(loop)
+        self._pending += len(transfers)
+        self._turn.append((batch, transfers))
+        if deadline_s is not None:
+            batch.timer = loop.call_later(deadline_s, self.abandon, batch)
+        self._fill()
+        return batch
+
+    def abandon(self, batch: Batch[int]) -> None:
+        """Gives up the transfers of a batch that were not started. Idempotent."""
+        left = batch.give_up()
+        if left:
+            self._pending -= left
+            self._turn = deque(entry for entry in self._turn if entry[0] is not batch)
+            if batch.settled:
+                batch.finish()
+
+    def close(self) -> None:
+        """Ends the engine when what is queued is done. Blocks; idempotent."""
+        with self._using:
+            if self._closed:
+                return
+            self._closed = True
+            while self._turn or self._ring.in_flight:
+                self._fill()
+                self._ring.submit(wait=True)
+                self._reap()
+        if self._loop is None:
+            self._ring.close()
+        elif _running_loop() is self._loop:
+            self._leave()
+        else:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits, nobody watches
+                self._loop.call_soon_threadsafe(self._leave)
+                return
+            self._ring.close()
+
+    # On the loop
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not loop:
+            assert self._loop is None, "an engine belongs to one event loop"
+            self._loop = loop
+            loop.add_reader(self._ring.fd, self._ready)
+
+    def _leave(self) -> None:
+        """A descriptor is closed only when nobody watches it."""
+        assert self._loop is not None
+        self._loop.remove_reader(self._ring.fd)
+        self._ring.close()
+        self._check_arrived()
+
+    def _fill(self) -> None:
+        """Takes transfers to the kernel, as many as it may have."""
+        while self._turn and self._ring.in_flight < self.depth:
+            batch, transfers = self._turn.popleft()
+            index = batch.start()
+            if batch.left:
+                self._turn.append((batch, transfers))
+            self._place(_Flight(batch, index, transfers[index]))
+        self._hand_over()
+
+    def _place(self, flight: _Flight) -> None:
+        transfer, tag = flight.transfer, self._tags
+        self._tags += 1
+        self._flights[tag] = flight
+        match transfer.op:
+            case Op.READ:
+                self._ring.read(tag, transfer.fd, transfer.rest(flight.done), transfer.offset + flight.done)
+            case Op.WRITE:
+                self._ring.write(tag, transfer.fd, transfer.rest(flight.done), transfer.offset + flight.done)
+            case Op.SYNC:
+                self._ring.sync(tag, transfer.fd)
+
+    def _hand_over(self) -> None:
+        try:
+            self._ring.submit()
+        except OSError as error:  # the kernel has no memory just now: what was placed stays placed
+            if error.errno not in (*_AGAIN, errno.EBUSY):
+                raise
+            assert self._loop is not None
+            self._loop.call_later(AGAIN_S, self._hand_over)
+
+    def _ready(self) -> None:
+        with self._using:
+            if self._closed:
+                return
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._ring.fd)
+            self._reap()
+            self._fill()
+        self._check_arrived()
+
+    def _reap(self) -> None:
+        for tag, result in self._ring.reap():
+            self._land(self._flights.pop(tag), result)
+
+    def _land(self, flight: _Flight, result: int) -> None:
+        if -result in _AGAIN and flight.again < AGAIN_MAX:
+            flight.again += 1
+            self._place(flight)
+            return
+        try:
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
+            flight.done = flight.transfer.advanced(flight.done, result)
+        except OSError as error:
+            self._arrived.append((flight, error))
+            return
+        if flight.done < flight.transfer.length:
+            self._place(flight)
+        else:
+            self._arrived.append((flight, None))
+
+    def _check_arrived(self) -> None:
+        checked = 0
+        while self._arrived:
+            if checked >= TURN_BYTES:
+                assert self._loop is not None
+                self._loop.call_soon(self._check_arrived)
+                return
+            flight, error = self._arrived.popleft()
+            checked += flight.done
+            outcome: int | BaseException
+            try:
+                outcome = error if error is not None else flight.transfer.finished()
+            except Exception as raised:
+                outcome = raised
+            self._pending -= 1
+            flight.batch.settle(flight.index, outcome)
+            if flight.batch.settled:
+                flight.batch.finish()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

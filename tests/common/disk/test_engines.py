@@ -1,0 +1,235 @@
+"""One contract for both I/O engines: whole, bounded, in order, and patient with the kernel."""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from common.disk import ring as ring_module
+from common.disk.batch import NotStarted
+from common.disk.engine import Engine, Machine, open_engine
+from common.disk.pages import PAGE_BYTES, aligned
+from common.disk.ring import Ring, RingUnavailable, open_ring
+from common.disk.transfer import Op, Transfer
+from common.errors import Overloaded, SettingsError
+from tests.kvstore.faulty import EIO, FailingFiles
+
+PAGES = 8
+
+
+@pytest.fixture
+def files() -> FailingFiles:
+    return FailingFiles()
+
+
+@pytest.fixture(params=["io_uring", "threads"])
+def engine(request: pytest.FixtureRequest, files: FailingFiles) -> Iterator[Engine]:
+    try:
+        made = open_engine(files, request.param, label="test", depth=2, pending_max=10)
+    except SettingsError as error:
+        pytest.skip(str(error))
+    assert made.name == request.param
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    """A file whose page n is full of byte n + 1."""
+    path = tmp_path / "file"
+    path.write_bytes(b"".join(bytes([n + 1]) * PAGE_BYTES for n in range(PAGES)))
+    opened = os.open(path, os.O_RDWR)
+    yield opened
+    os.close(opened)
+
+
+def read(fd: int, page: int, pages: int = 1) -> Transfer:
+    return Transfer(Op.READ, fd, [aligned(pages * PAGE_BYTES)], page * PAGE_BYTES)
+
+
+class Gate:
+    """Holds calls until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.opened = threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.entered.release()
+        assert self.opened.wait(30)
+
+
+async def test_results_come_in_order_and_errors_are_results(engine: Engine, fd: int) -> None:
+    def wrong() -> int:
+        raise ValueError("not what was written")
+
+    plain, checked = read(fd, 0), Transfer(Op.READ, fd, [aligned(PAGE_BYTES)], PAGE_BYTES, lambda: 77)
+    bad = Transfer(Op.READ, fd, [aligned(PAGE_BYTES)], 0, wrong)
+    results = await engine.submit([plain, checked, bad, Transfer(Op.READ, -5, [aligned(PAGE_BYTES)])]).done
+    assert results[:2] == [PAGE_BYTES, 77] and isinstance(results[2], ValueError)
+    assert isinstance(results[3], OSError) and results[3].errno == errno.EBADF
+    assert plain.buffers[0][0] == 1 and checked.buffers[0][-1] == 2
+    assert await engine.submit([]).done == [] and engine.pending == 0
+
+
+async def test_what_is_written_and_synced_is_read_back_through_several_buffers(engine: Engine, fd: int) -> None:
+    source = aligned(3 * PAGE_BYTES)
+    source[:] = os.urandom(len(source))
+    assert await engine.submit([Transfer(Op.WRITE, fd, [source[:PAGE_BYTES], source[PAGE_BYTES:]], PAGE_BYTES)]).done
+    assert await engine.submit([Transfer(Op.SYNC, fd)]).done == [0]
+    into = [aligned(2 * PAGE_BYTES), aligned(PAGE_BYTES)]
+    assert await engine.submit([Transfer(Op.READ, fd, into, PAGE_BYTES)]).done == [3 * PAGE_BYTES]
+    assert bytes(into[0]) + bytes(into[1]) == bytes(source)
+
+
+async def test_short_transfers_are_finished(engine: Engine, fd: int, files: FailingFiles) -> None:
+    files.fail["read"] = lambda fd, buffers, offset: os.preadv(fd, [buffers[0][:PAGE_BYTES]], offset)
+    files.fail["write"] = lambda fd, buffer, offset: os.pwrite(fd, buffer[:PAGE_BYTES], offset)
+    source = aligned(3 * PAGE_BYTES)
+    source[:] = os.urandom(len(source))
+    assert await engine.submit([Transfer(Op.WRITE, fd, [source], 0)]).done == [len(source)]
+    whole = read(fd, 0, 3)
+    assert await engine.submit([whole]).done == [len(source)]
+    assert whole.buffers[0] == source
+
+
+@pytest.mark.parametrize("moved", [0, 512])
+async def test_a_transfer_that_stops_is_an_error(engine: Engine, fd: int, files: FailingFiles, moved: int) -> None:
+    files.fail["read"] = lambda fd, buffers, offset: moved
+    (result,) = await engine.submit([read(fd, 0)]).done
+    assert isinstance(result, OSError) and result.errno == errno.EIO and f"short read of {moved} of 4096" in str(result)
+    (beyond,) = await engine.submit([read(fd, PAGES)]).done
+    assert isinstance(beyond, OSError)
+
+
+@pytest.mark.parametrize("call", ["read", "write", "sync"])
+async def test_a_failing_disk_is_a_result(engine: Engine, fd: int, files: FailingFiles, call: str) -> None:
+    files.fail[call] = EIO
+    (result,) = await engine.submit([Transfer(Op(call), fd, [] if call == "sync" else [aligned(PAGE_BYTES)])]).done
+    assert isinstance(result, OSError) and result.errno == errno.EIO
+    assert engine.pending == 0
+
+
+async def test_what_was_not_started_by_the_deadline_is_given_up_and_the_rest_waited_for(
+    engine: Engine, fd: int, files: FailingFiles
+) -> None:
+    gate = Gate()
+    files.fail["read"] = gate
+    batch = engine.submit([read(fd, page) for page in range(4)], deadline_s=0.02)
+    for _ in range(engine.depth):
+        await asyncio.to_thread(gate.entered.acquire)
+    later = engine.submit([read(fd, 5)], deadline_s=0.02)
+    assert [type(result) for result in await later.done] == [NotStarted]
+    assert not batch.done.done()
+    gate.opened.set()
+    assert [result if isinstance(result, int) else type(result) for result in await batch.done] == [
+        PAGE_BYTES,
+        PAGE_BYTES,
+        NotStarted,
+        NotStarted,
+    ]
+    assert engine.pending == 0
+
+
+async def test_pending_transfers_are_bounded(engine: Engine, fd: int, files: FailingFiles) -> None:
+    gate = Gate()
+    files.fail["read"] = gate
+    batch = engine.submit([read(fd, 0)] * 10)
+    with pytest.raises(Overloaded, match="at most 10"):
+        engine.submit([read(fd, 1)])
+    gate.opened.set()
+    assert await batch.done == [PAGE_BYTES] * 10
+
+
+async def test_batches_take_turns(engine: Engine, fd: int, files: FailingFiles) -> None:
+    gate, started = Gate(), []
+
+    def fail(_: int, buffers: Sequence[memoryview], offset: int) -> None:
+        started.append(offset)
+        gate()
+
+    files.fail["read"] = fail
+    long = engine.submit([read(fd, 0)] * 6)
+    short = engine.submit([read(fd, 1)])
+    await asyncio.to_thread(gate.entered.acquire)
+    gate.opened.set()
+    await asyncio.gather(long.done, short.done)
+    assert started.index(PAGE_BYTES) <= 3
+
+
+async def test_a_closed_engine_finishes_what_is_queued_and_takes_no_more(engine: Engine, fd: int) -> None:
+    batch = engine.submit([read(fd, page % PAGES) for page in range(10)])
+    await asyncio.to_thread(engine.close)
+    assert await batch.done == [PAGE_BYTES] * 10
+    with pytest.raises(Overloaded):
+        engine.submit([read(fd, 0)])
+
+
+async def test_what_the_kernel_has_no_room_for_goes_again(fd: int) -> None:
+    refused = []
+
+    class Busy(Machine):
+        def ring(self, entries: int) -> Ring:
+            return BusyRing(entries)
+
+    class BusyRing(Ring):
+        def reap(self) -> list[tuple[int, int]]:
+            results = super().reap()
+            if results and len(refused) < 3:
+                refused.extend(results[:1])
+                results[0] = (results[0][0], -errno.EAGAIN)
+            return results
+
+    if _ring_reason():
+        pytest.skip(_ring_reason())
+    engine = open_engine(Busy(), "io_uring", label="test", depth=2, pending_max=10)
+    assert await engine.submit([read(fd, page) for page in range(3)]).done == [PAGE_BYTES] * 3
+    assert len(refused) == 3
+    engine.close()
+
+
+def test_the_engine_is_chosen_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forbidden(Machine):
+        def ring(self, entries: int) -> Ring:
+            raise RingUnavailable("forbidden here")
+
+    chosen = open_engine(Forbidden(), "auto", label="test", depth=1, pending_max=1)
+    assert chosen.name == "threads"
+    chosen.close()
+    with pytest.raises(SettingsError, match="forbidden here"):
+        open_engine(Forbidden(), "io_uring", label="test", depth=1, pending_max=1)
+    monkeypatch.setattr(ring_module.platform, "machine", lambda: "riscv64")
+    with pytest.raises(RingUnavailable, match="riscv64"):
+        open_ring(1)
+
+
+def test_a_sandbox_that_forbids_the_calls_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(number: int, *arguments: int) -> int:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(ring_module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(ring_module, "_call", forbidden)
+    with pytest.raises(RingUnavailable, match="seccomp"):
+        open_ring(1)
+
+
+def _ring_reason() -> str:
+    try:
+        open_ring(1).close()
+    except RingUnavailable as error:
+        return str(error)
+    return ""
+
+
+def test_rest_and_advance_of_a_transfer() -> None:
+    buffers: Sequence[memoryview] = [memoryview(bytearray(10)), memoryview(bytearray(5))]
+    transfer = Transfer(Op.READ, 0, buffers)
+    assert [len(buffer) for buffer in transfer.rest(0)] == [10, 5]
+    assert [len(buffer) for buffer in transfer.rest(4)] == [6, 5]
+    assert [len(buffer) for buffer in transfer.rest(12)] == [3]
+    assert transfer.rest(15) == []
+    assert transfer.advanced(10, 5) == 15
