@@ -36,7 +36,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("role", "id", "epoch", "model", "namespace", "block_tokens", "bytes_per_block", "context_tokens", "vocab_size", "draining", "load", "bytes_endpoint", "codec")
+    __slots__ = ("role", "id", "epoch", "model", "namespace", "block_tokens", "bytes_per_block", "context_tokens", "vocab_size", "draining", "load", "bytes_endpoint", "codec", "stored_bytes_per_block")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class WorkerInfo(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     BYTES_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
     role: str
     id: str
     epoch: bytes
@@ -63,7 +64,8 @@ class WorkerInfo(_message.Message):
     load: Load
     bytes_endpoint: Endpoint
     codec: str
-    def __init__(self, role: _Optional[str] = ..., id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., block_tokens: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., bytes_endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
+    stored_bytes_per_block: int
+    def __init__(self, role: _Optional[str] = ..., id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., block_tokens: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., bytes_endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., codec: _Optional[str] = ..., stored_bytes_per_block: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes", "peer_read_bytes_per_s", "peer_read_queue_bytes", "peer_write_bytes_per_s", "peer_write_queue_bytes", "queued_tokens")

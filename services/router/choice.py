@@ -11,6 +11,7 @@ import msgspec
 from common.clients.decode import DecodeConnection, Report, Step
 from common.errors import PenstockError
 from common.generation import FinishReason, Sampling, Token
+from services.router.decisions import Decision
 from services.router.detokenize import Detokenizer
 from services.router.peers import Peer
 from services.router.placement import Route
@@ -37,7 +38,6 @@ class Placement(msgspec.Struct):
     stream_id: str
     tokens: int  # counted at the peer
     prefill: Peer | None = None  # counted there until the first token
-    prefill_tokens: int = 0
     found: Found | None = None
 
 
@@ -60,6 +60,7 @@ class Choice:
         self.finish: FinishReason | None = None
         self.placement: Placement | None = None
         self.route: Route | None = None
+        self.decision: Decision | None = None  # the last one
         self.namespace = ""  # of the worker that began it
         self.report: Report | None = None  # the first worker's, for cached tokens
         self.last_report: Report | None = None

@@ -19,7 +19,10 @@ from common.logs import Log
 from common.membership import Seen, Watcher
 from common.pb import worker_pb2, worker_pb2_grpc
 from services.router.peers import Peer, PeerInfo, store_info, worker_info
-from services.router.placement import ClusterView, cluster_namespace
+from services.router.placement import cluster_namespace
+from services.router.policy.corrections import Corrections
+from services.router.policy.estimates import Estimate
+from services.router.policy.view import ClusterView
 
 DESCRIBE_TIMEOUT_S = 2.0
 POLL_S = 1.0  # without fresh loads over NATS
@@ -41,6 +44,8 @@ class Cluster:
         self._nats = nats
         self.watcher = Watcher(nats, self._heard)
         self.namespace = ""
+        self.corrections = Corrections()
+        self.routed_at = time.monotonic()  # when bytes were last routed over any link
         self.peers: dict[tuple[str, str], Peer] = {}
         for role in ROLES:
             for address in static.get(role, ()):
@@ -65,15 +70,27 @@ class Cluster:
         return [p for p in self.of("decode") if p.usable and p.info is not None and p.info.namespace == self.namespace]
 
     def view(self) -> ClusterView:
-        serving = self.serving()
-        block_tokens = serving[0].info.block_tokens if serving and serving[0].info else 0
+        now = time.monotonic()
+        infos = [p.info for p in self.serving() if p.info is not None]
         return ClusterView(
             namespace=self.namespace,
-            block_tokens=block_tokens,
-            decodes=tuple(p.decode_view() for p in self.of("decode") if p.usable),
-            prefills=tuple(p.prefill_view() for p in self.of("prefill") if p.usable),
+            block_tokens=infos[0].block_tokens if infos else 0,
+            decodes=tuple(p.decode_view(now, self.routed_at) for p in self.of("decode") if p.usable),
+            prefills=tuple(p.prefill_view(now, self.routed_at) for p in self.of("prefill") if p.usable),
             kvstores=tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining),
+            bytes_per_block=infos[0].bytes_per_block if infos else 0,
+            stored_bytes_per_block=infos[0].stored_bytes_per_block if infos else 0,
+            corrections=self.corrections.factors(now),
         )
+
+    def routed(self, estimate: Estimate, decode: Peer, prefill: Peer | None, tokens: int) -> None:
+        """A request of so many tokens was sent on its way: it is counted at its workers and on their links."""
+        now = time.monotonic()
+        decode.sent(estimate.of_decode(tokens), now)
+        if prefill is not None:
+            prefill.sent(estimate.of_prefill(), now)
+        if estimate.legs:
+            self.routed_at = now
 
     def context_tokens(self, own: int) -> int:
         """The longest prompt plus output that every serving decode worker takes."""

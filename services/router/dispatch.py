@@ -14,7 +14,9 @@ from common.pb import worker_pb2 as pb
 from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
 from services.router.generator import Generator, Work
-from services.router.placement import ClusterView, Query, Refusal, Route, Why, pick_kvstore, route
+from services.router.placement import Route, pick_kvstore, route
+from services.router.policy.view import ClusterView, Query
+from services.router.policy.workers import Refusal, Why
 from services.router.stores import Found
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
@@ -69,10 +71,12 @@ class Dispatch:
             stored_blocks=found.prefix.blocks if found else 0,
             kvstore=kvstore,
             avoid=choice.avoid,
-            direct_tail_tokens=self._generator.settings.direct_tail_tokens,
+            turn=next(self._generator.turns),
+            moved=bool(choice.output),
         )
         latest = self._generator.cluster.view()
-        decision = route(query, latest, time.monotonic())
+        decision = route(query, latest, time.monotonic(), self._generator.policy)
+        choice.decision = self._generator.decisions.made(self._work.id, choice.index, choice.moves, query, latest, decision)
         if isinstance(decision, Route) and latest.namespace == view.namespace:
             placed_at = decision.decode
             try:
@@ -140,12 +144,9 @@ class Dispatch:
         )
         peer.connection.start(message, lambda step: self._arrived(choice, stream_id, step))
         tokens = len(choice.prompt) + len(choice.output)
-        peer.sent(tokens)
         placement = Placement(decision, peer, peer.connection, stream_id, tokens, found=found)
-        prefill = self._generator.cluster.peer("prefill", decision.prefill) if decision.prefill else None
-        if prefill is not None:
-            placement.prefill, placement.prefill_tokens = prefill, tokens - decision.stored_blocks * view.block_tokens
-            prefill.sent(placement.prefill_tokens)
+        placement.prefill = self._generator.cluster.peer("prefill", decision.prefill) if decision.prefill else None
+        self._generator.cluster.routed(decision.estimate, peer, placement.prefill, tokens)
         choice.placement = placement
         choice.route = decision
         choice.namespace = view.namespace

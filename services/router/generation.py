@@ -82,6 +82,12 @@ class Generation:
         first = self._choices[0]
         return first.report.plan if first.report else str(first.route.plan) if first.route else ""
 
+    @property
+    def explanation(self) -> dict[str, Any]:
+        """The first choice's last routing decision, in brief."""
+        decision = self._choices[0].decision
+        return decision.summary() if decision is not None else {}
+
     async def __aenter__(self) -> "Generation":
         self._g.refuse_when_full(self.work.sequences)
         self._g.in_flight += self.work.sequences
@@ -151,6 +157,7 @@ class Generation:
         delta = choice.advance(step)
         now = time.monotonic()
         if delta.tokens:
+            self._g.learn(choice.decision, choice.last_report)
             placement.peer.grown(len(delta.tokens))
             placement.tokens += len(delta.tokens)
             if before == 0:
@@ -173,7 +180,7 @@ class Generation:
     def _loaded(self, placement: Placement) -> None:
         """The prompt's KV is there: prefill is done, the lease is needed no more."""
         if placement.prefill is not None:
-            placement.prefill.ended(placement.prefill_tokens)
+            placement.prefill.ended(placement.route.estimate.computed_tokens)
             placement.prefill = None
         if placement.found is not None:
             self._g.keeper.loaded(placement.found)
@@ -183,6 +190,8 @@ class Generation:
         placement, choice.placement = choice.placement, None
         if placement is None:
             return
+        if choice.decision is not None:
+            choice.decision.end(choice.finish, choice.last_report)
         placement.connection.cancel(placement.stream_id)
         self._loaded(placement)
         placement.peer.ended(placement.tokens)

@@ -2,15 +2,18 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import msgspec
 
+from common.clients.decode import Report
 from common.errors import ContextExceeded, Overloaded, Unavailable
 from common.generation import Sampling
 from services.router.cluster import Cluster
+from services.router.decisions import Decision, Decisions
 from services.router.metrics import Metrics
 from services.router.model import Model
 from services.router.settings import RouterSettings
@@ -59,6 +62,9 @@ class Generator:
         self.idle = asyncio.Event()  # nothing is in flight
         self.idle.set()
         self.serials = itertools.count()
+        self.turns = itertools.count()  # of routing decisions
+        self.policy = settings.policy()
+        self.decisions = Decisions(settings.decisions_max)
         self._threads = ThreadPoolExecutor(2, "tokenise")
 
     def refuse_when_full(self, sequences: int) -> None:
@@ -70,6 +76,17 @@ class Generator:
             raise ContextExceeded(f"the request makes {sequences} sequences: at most {limit}", param="n")
         if self.in_flight + sequences > limit:
             raise Overloaded(f"{self.in_flight} sequences are in flight and requests_max = {limit}: try again", retry_after_s=1.0)
+
+    def learn(self, decision: Decision | None, report: Report | None) -> None:
+        """Tokens came. The first of a decision tell how good its estimate was, if its route was carried out."""
+        if decision is None or decision.first_token_s is not None:
+            return
+        decision.first_token(report)
+        modelled_s, plan = decision.modelled_s, decision.plan
+        if report is None or report.fallback or report.plan != plan or modelled_s is None or decision.first_token_s is None:
+            return
+        self.cluster.corrections.observe(plan, modelled_s, decision.first_token_s, time.monotonic())
+        self.metrics.estimated(plan, decision.ratio)
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
         return await self.off_loop(len(text) > INLINE_CHARS_MAX, lambda: self.model.encode(text, special=special))

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import json
 import re
 import time
 import uuid
@@ -27,6 +28,7 @@ from services.router.shapes import ChatShape, CompletionShape, Head, Shape, Want
 from services.router.status import Facts
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")  # longer or stranger ones are replaced
+_EXPLAIN = "x-penstock-explain"  # 1 in a request asks for the header, or in a stream for a comment before the end
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # probes and scrapers carry no key
 
 
@@ -46,6 +48,8 @@ class Api:
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{id:path}", self._one_model, methods=["GET"]),
             Route("/v1/penstock/status", self._status, methods=["GET"]),
+            Route("/v1/penstock/explain", self._explain, methods=["GET"]),
+            Route("/v1/penstock/explain/{id:path}", self._explain, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
@@ -122,6 +126,9 @@ class Api:
     async def _status(self, request: Request) -> Response:
         return _json(self._facts.status())
 
+    async def _explain(self, request: Request) -> Response:
+        return _json(self._facts.explained(request.path_params.get("id")))
+
     async def _health(self, request: Request) -> Response:
         return _json({"status": "ok"})
 
@@ -139,7 +146,8 @@ async def _whole(exchange: Exchange, generation: Generation, shape: Shape) -> No
         for delta in deltas:
             parts.setdefault(delta.index, []).append(delta)
     answer = shape.full([merge(parts[index]) for index in sorted(parts)])
-    await exchange.json(answer | {"usage": _usage(generation)})
+    headers = ((_EXPLAIN.encode(), _explanation(generation)),) if _wants_explanation(exchange) else ()
+    await exchange.json(answer | {"usage": _usage(generation)}, headers=headers)
 
 
 async def _stream(exchange: Exchange, body: Common, generation: Generation, shape: Shape) -> None:
@@ -162,7 +170,18 @@ async def _stream(exchange: Exchange, body: Common, generation: Generation, shap
             await exchange.stream(b"".join(frames))
     if include:
         await exchange.stream(event(shape.usage_chunk() | {"usage": _usage(generation)}))
+    if _wants_explanation(exchange):
+        await exchange.stream(b": %s %s\n\n" % (_EXPLAIN.encode(), _explanation(generation)))
     await exchange.end()
+
+
+def _wants_explanation(exchange: Exchange) -> bool:
+    return exchange.headers.get(_EXPLAIN, "0") not in ("", "0")
+
+
+def _explanation(generation: Generation) -> bytes:
+    """One line of ASCII: a header takes nothing else."""
+    return json.dumps(generation.explanation, separators=(",", ":")).encode()
 
 
 def _usage(generation: Generation) -> dict[str, Any]:
@@ -239,7 +258,9 @@ async def _problem(request: Request, error: Exception) -> Response:
 async def _http_problem(request: Request, error: HTTPException) -> Response:
     """404 and 405 of the framework, in OpenAI's shape."""
     path = f"{request.method} {request.url.path}"
-    known = "/v1/completions, /v1/chat/completions, /v1/models, /v1/penstock/status, /health, /ready, /metrics"
+    known = (
+        "/v1/completions, /v1/chat/completions, /v1/models, /v1/penstock/status, /v1/penstock/explain, /health, /ready, /metrics"
+    )
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         problem: PenstockError = InvalidRequest(f"{path}: expected the method {allowed}")

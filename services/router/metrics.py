@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from common.routes import PATHS, Plan
 from services.router.choice import Choice
+from services.router.policy.view import LINKS, ClusterView, Link
 
 if TYPE_CHECKING:
     from services.router.cluster import Cluster
@@ -16,6 +17,7 @@ _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 
 _ITL_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40)
 _E2E_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6)
+_RATIO = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2, 4, 10)
 
 
 class Metrics:
@@ -33,8 +35,9 @@ class Metrics:
             made = Gauge(name, text, ("model_name", *labels), registry=self.registry)
             return made if labels else made.labels(**label)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry).labels(**label)
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            made = Histogram(name, text, ("model_name", *labels), buckets=buckets, registry=self.registry)
+            return made if labels else made.labels(**label)
 
         self._label = model_name
         self._ttft = histogram("vllm:time_to_first_token_seconds", "From the request's arrival to its first token.", _TTFT_S)
@@ -58,6 +61,14 @@ class Metrics:
         self._fallbacks = counter("penstock:route_fallbacks", "Routes that decode could not carry out as asked.")
         self._bytes = counter("penstock:kv_bytes", "KV bytes moved for requests.", "path")
         self._path_seconds = counter("penstock:kv_path_seconds", "Seconds in which requests moved KV.", "path")
+        self._ratio = histogram(
+            "penstock:first_token_over_estimate", "Time to the first token over its estimate, routes that were carried out.",
+            _RATIO, "plan",
+        )  # fmt: skip
+        self._corrections = gauge("penstock:estimate_correction", "What estimates are multiplied with.", "plan")
+        self._link_rate = gauge("penstock:link_bytes_per_s", "Rate of a worker's link that estimates go by.", "worker", "link")
+        self._link_queue = gauge("penstock:link_queue_bytes", "Bytes that a worker's link has yet to move.", "worker", "link")
+        self._compute_queue = gauge("penstock:queued_tokens", "Tokens that a worker has yet to compute.", "worker")
         self._moves = counter("penstock:moves", "Sequences moved to another decode worker.")
         self._lookup_failures = counter("penstock:lookup_failures", "kvstore lookups that failed and counted as misses.")
         self._peers = gauge("penstock:peers", "Peers connected.", "role")
@@ -84,6 +95,10 @@ class Metrics:
 
     def routed(self, plan: Plan) -> None:
         self._routes.labels(self._label, plan).inc()
+
+    def estimated(self, plan: Plan, ratio: float) -> None:
+        """A first token took so many times its estimate."""
+        self._ratio.labels(self._label, plan).observe(ratio)
 
     def moved(self) -> None:
         self._moves.inc()
@@ -116,7 +131,21 @@ class Metrics:
         self._kv_usage.set((total - free) / total if total else 0.0)
         for role in ("decode", "prefill", "kvstore"):
             self._peers.labels(self._label, role).set(sum(peer.usable for peer in cluster.of(role)))
+        self._show(cluster.view())
         return generate_latest(self.registry)
+
+    def _show(self, view: ClusterView) -> None:
+        """What the policy goes by. Workers that left are left out."""
+        for series in (self._link_rate, self._link_queue, self._compute_queue):
+            series.clear()
+        for worker in (*view.decodes, *view.prefills):
+            self._compute_queue.labels(self._label, worker.id).set(worker.queued_tokens)
+            for name in LINKS:
+                link: Link = getattr(worker, name)
+                self._link_rate.labels(self._label, worker.id, name).set(link.bytes_per_s)
+                self._link_queue.labels(self._label, worker.id, name).set(link.queue_bytes)
+        for plan, factor in view.corrections.items():
+            self._corrections.labels(self._label, plan).set(factor)
 
     def _reported(self, choice: Choice) -> None:
         report = choice.last_report

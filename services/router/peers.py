@@ -6,6 +6,7 @@ between two reports is seen.
 """
 
 import time
+from typing import Any
 
 import msgspec
 
@@ -13,7 +14,9 @@ from common.clients.decode import DecodeConnection
 from common.clients.kvstore import KvStoreClient, StoreInfo
 from common.membership import MemberLoad, Seen
 from common.pb import worker_pb2
-from services.router.placement import DecodeView, PrefillView
+from services.router.backlog import Backlog
+from services.router.policy.estimates import Demand
+from services.router.policy.view import DecodeView, Link, PrefillView
 
 NATS_FRESH_S = 2.5  # two refreshes and a half: newer than that, a load over NATS spares the poll
 
@@ -27,6 +30,8 @@ class PeerInfo(msgspec.Struct, frozen=True):
     namespace: str = ""
     model: str = ""
     block_tokens: int = 0
+    bytes_per_block: int = 0
+    stored_bytes_per_block: int = 0
     context_tokens: int = 0
     vocab_size: int = 0
     draining: bool = False
@@ -52,8 +57,11 @@ class Peer:
         self.tokens_live = 0
         self._sequences_sent = 0  # since the last report
         self._tokens_sent = 0
-        self._reported_at = 0.0
         self._heard_nats_at = 0.0
+        self._compute = Backlog()
+        self._storage = Backlog()
+        self._peer_read = Backlog()
+        self._peer_write = Backlog()
 
     def __repr__(self) -> str:
         state = "connected" if self.connected else f"lost ({self.problem})"
@@ -77,7 +85,7 @@ class Peer:
         self.info = info
         self.problem = problem
         self.connected = True
-        self._reported()
+        self._reported(info)
 
     def heard(self, seen: Seen) -> None:
         """An announcement came over NATS. It counts as a load report only from the incarnation we are connected to."""
@@ -86,7 +94,7 @@ class Peer:
             return
         self.info = msgspec.structs.replace(self.info, load=seen.record.load, draining=seen.record.draining)
         self._heard_nats_at = time.monotonic()
-        self._reported()
+        self._reported(self.info)
 
     def lost(self, reason: str) -> None:
         self.connected = False
@@ -97,12 +105,16 @@ class Peer:
     def nats_fresh(self, now: float) -> bool:
         return now - self._heard_nats_at < NATS_FRESH_S
 
-    def sent(self, tokens: int) -> None:
-        """A request of so many tokens was handed to this peer."""
+    def sent(self, demand: Demand, now: float) -> None:
+        """A request was handed to this peer that asks so much of it."""
         self.sequences_live += 1
-        self.tokens_live += tokens
+        self.tokens_live += demand.tokens
         self._sequences_sent += 1
-        self._tokens_sent += tokens
+        self._tokens_sent += demand.tokens
+        self._compute.pour(demand.computed_tokens, now)
+        self._storage.pour(demand.storage_bytes, now)
+        self._peer_read.pour(demand.peer_read_bytes, now)
+        self._peer_write.pour(demand.peer_write_bytes, now)
 
     def grown(self, tokens: int) -> None:
         self.tokens_live += tokens
@@ -113,36 +125,41 @@ class Peer:
         self.tokens_live -= tokens
         assert self.sequences_live >= 0 and self.tokens_live >= 0
 
-    def decode_view(self) -> DecodeView:
+    def decode_view(self, now: float, routed_at: float) -> DecodeView:
         assert self.info is not None
         load = self.info.load
         return DecodeView(
-            address=self.address,
-            id=self.info.id,
-            namespace=self.info.namespace,
             sequences=max(self.sequences_live, load.running + load.waiting + self._sequences_sent),
-            tokens=max(self.tokens_live, load.tokens + self._tokens_sent),
             pool_tokens=load.pool_blocks_total * self.info.block_tokens,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            connected=self.usable,
-            draining=self.info.draining,
             full_until=self.full_until,
+            **self._facts(self.info, now, routed_at),
         )
 
-    def prefill_view(self) -> PrefillView:
+    def prefill_view(self, now: float, routed_at: float) -> PrefillView:
         assert self.info is not None
-        load = self.info.load
-        return PrefillView(
-            address=self.address,
-            id=self.info.id,
-            namespace=self.info.namespace,
-            tokens=max(self.tokens_live, load.tokens + self._tokens_sent),
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            read_bytes_per_s=load.read_bytes_per_s,
-            read_queue_bytes=load.read_queue_bytes,
-            connected=self.usable,
-            draining=self.info.draining,
-        )
+        return PrefillView(**self._facts(self.info, now, routed_at))
+
+    def _facts(self, info: PeerInfo, now: float, routed_at: float) -> dict[str, Any]:
+        """What the views of both roles share. `routed_at`: when the router last routed bytes over any link."""
+
+        def link(backlog: Backlog) -> Link:
+            return Link(backlog.per_s, backlog.left(now), max(0.0, routed_at - backlog.used_at))
+
+        return {
+            "address": self.address,
+            "id": info.id,
+            "namespace": info.namespace,
+            "tokens": max(self.tokens_live, info.load.tokens + self._tokens_sent),
+            "queued_tokens": self._compute.left(now),
+            "prefill_tokens_per_s": info.load.prefill_tokens_per_s,
+            "storage": link(self._storage),
+            "peer_read": link(self._peer_read),
+            "peer_write": link(self._peer_write),
+            "stage_slots_free": info.load.stage_slots_free,
+            "stage_slots_total": info.load.stage_slots_total,
+            "connected": self.usable,
+            "draining": info.draining,
+        }
 
     def detail(self) -> str:
         """Its load in words."""
@@ -159,10 +176,14 @@ class Peer:
             f"{load.pool_blocks_total - load.pool_blocks_free} of {load.pool_blocks_total} blocks"
         )
 
-    def _reported(self) -> None:
-        self._reported_at = time.monotonic()
+    def _reported(self, info: PeerInfo) -> None:
+        now, load = time.monotonic(), info.load
         self._sequences_sent = 0
         self._tokens_sent = 0
+        self._compute.report(load.queued_tokens, load.prefill_tokens_per_s, now)
+        self._storage.report(load.read_queue_bytes, load.read_bytes_per_s, now)
+        self._peer_read.report(load.peer_read_queue_bytes, load.peer_read_bytes_per_s, now)
+        self._peer_write.report(load.peer_write_queue_bytes, load.peer_write_bytes_per_s, now)
 
 
 def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
@@ -174,6 +195,8 @@ def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
         namespace=message.namespace,
         model=message.model,
         block_tokens=message.block_tokens,
+        bytes_per_block=message.bytes_per_block,
+        stored_bytes_per_block=message.stored_bytes_per_block or message.bytes_per_block,
         context_tokens=message.context_tokens,
         vocab_size=message.vocab_size,
         draining=message.draining,

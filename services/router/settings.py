@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from common.routes import Plan
+from services.router.policy.settings import PolicySettings, Scheduler
+
 
 class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One router. Addresses are host:port; port 0 takes a free one and reports it."""
@@ -31,12 +34,38 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         200
     )
     lease_s: Annotated[float, Meta(ge=1, le=3600, description="life of a lookup's lease between renewals")] = 30.0
+    plans: Annotated[
+        tuple[Plan, ...], Meta(description="plans that requests may take (docs/dualpath.md); recompute always may be")
+    ] = (Plan.DIRECT, Plan.STORAGE_TO_PREFILL, Plan.RECOMPUTE)
+    layerwise: Annotated[
+        bool, Meta(description="load, compute and hand over layer by layer; --no-layerwise: one after the other, for comparisons")
+    ] = True
+    scheduler: Annotated[
+        Scheduler, Meta(description="earliest_finish, or for comparisons: paper (DualPath's rules), round_robin")
+    ] = Scheduler.EARLIEST_FINISH
+    prefill_backlog_s: Annotated[
+        float, Meta(gt=0, description="beta: prefill workers with more compute queued are passed over while others have less")
+    ] = 5.0
+    read_backlog_s: Annotated[
+        float, Meta(gt=0, description="alpha: prefill workers with more reading queued come after the others")
+    ] = 3.0
     direct_tail_tokens: (
         Annotated[
-            int, Meta(ge=0, description="longest uncached tail that decode computes itself; unset: from measured prefill speed")
+            int,
+            Meta(ge=0, description="tokens that decode computes in its own batch for first tokens at most; unset: direct_tail_s"),
         ]
         | None
     ) = None
+    direct_tail_s: Annotated[
+        float, Meta(ge=0, description="the same in seconds of decode's measured speed: what running requests may be held up")
+    ] = 0.25
+    serve_backlog_s: Annotated[
+        float, Meta(ge=0, description="decode workers with more queued for prefill to read are not read from")
+    ] = 1.0
+    error_band: Annotated[
+        float, Meta(ge=0, le=1, description="estimates that differ by less are equal: then the least computing wins")
+    ] = 0.05
+    decisions_max: Annotated[int, Meta(ge=1, description="routing decisions kept for `penstock explain`")] = 512
     failover_wait_s: Annotated[float, Meta(ge=0, description="how long a request whose decode worker died waits for another")] = (
         15.0
     )
@@ -47,3 +76,8 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     otlp_endpoint: Annotated[str, Meta(description="OpenTelemetry collector (http://host:port); empty: no traces")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log level")] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="log format")] = "json"
+
+    def policy(self) -> PolicySettings:
+        """The policy's part."""
+        names = PolicySettings.__struct_fields__
+        return PolicySettings(**{name: getattr(self, name) for name in names})

@@ -1,13 +1,17 @@
 """What the router says of itself and its cluster: readiness, the model card, /v1/penstock/status."""
 
+import re
 import time
 from typing import Any
 
 import msgspec
 
+from common.errors import NotFound
 from services.router.cluster import Cluster
 from services.router.generator import Generator
 from services.router.peers import Peer
+
+_ANSWER_PREFIX = re.compile("^(chat)?cmpl-")  # of the ids in answers
 
 
 class Facts:
@@ -52,6 +56,20 @@ class Facts:
             "nats": {"url": self._g.settings.nats, "connected": self._cluster.watcher.connected},
             "members": [member(peer) for peer in self._cluster.peers.values()],
         }
+
+    def explained(self, asked: str | None) -> dict[str, Any]:
+        """The routing decisions for a request, by its id or its answer's; None: for the request placed last.
+
+        Raises:
+            NotFound: unknown, or forgotten since.
+        """
+        decisions = self._g.decisions
+        name = decisions.last if asked is None else asked
+        kept = decisions.of(name) or decisions.of(_ANSWER_PREFIX.sub("", name))
+        if not kept:
+            limit = self._g.settings.decisions_max
+            raise NotFound(f"no decision is known for request {name!r}: the router keeps the last {limit} (decisions_max)")
+        return {"request_id": kept[0].request_id, "decisions": [decision.explained() for decision in kept]}
 
 
 def member(peer: Peer) -> dict[str, Any]:

@@ -151,6 +151,7 @@ class Node:
             load=pb.Load(**msgspec.structs.asdict(self.load())),
             bytes_endpoint=endpoint_to_pb(self.endpoint),
             codec=self.model.stored.codec,
+            stored_bytes_per_block=self.model.stored.bytes_per_block,
         )
 
 

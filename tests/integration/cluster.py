@@ -121,7 +121,7 @@ class Cluster:
         self.counts = {"prefill": prefills, "decode": decodes}
         self.transport = transport
         self.worker_flags = [*worker_flags, "--dtype", dtype, "--block-tokens", str(block_tokens), "--threads", "1"]
-        self.router_flags = list(router_flags)
+        self.router_flags = ["--scheduler", "paper", *router_flags]  # by rule: what is stored is loaded, however slow the machine
         self.kvstore_flags = list(kvstore_flags)
         self.services: dict[str, Service] = {}
         self.addresses: dict[str, str] = {}

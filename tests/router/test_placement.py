@@ -4,139 +4,190 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.routes import Plan
-from services.router.placement import (
-    PREFILL_BACKLOG_S_MAX,
-    Z_FACTOR,
-    ClusterView,
-    DecodeView,
-    PrefillView,
-    Query,
-    Refusal,
-    Route,
-    Why,
-    cluster_namespace,
-    pick_kvstore,
-    route,
+from common.routes import Leg, Order, Plan, Source
+from services.router.placement import Route, cluster_namespace, pick_kvstore, route
+from services.router.policy.candidates import SMALL_S, direct_tail_tokens
+from services.router.policy.plans import PLANS, SHAPES
+from services.router.policy.settings import Z_FACTOR, PolicySettings, Scheduler
+from services.router.policy.view import ClusterView, DecodeView, Link, Query
+from services.router.policy.workers import Refusal, Why
+from tests.router.clusters import BLOCK_BYTES, BLOCK_TOKENS, cases, decode, measured, prefill, text, view, written_down
+
+M = measured
+OURS = PolicySettings()
+PAPER = PolicySettings(
+    scheduler=Scheduler.PAPER, plans=(Plan.STORAGE_TO_DECODE, Plan.STORAGE_TO_PREFILL, Plan.RECOMPUTE), layerwise=False
 )
+TURNS = msgspec.structs.replace(PAPER, scheduler=Scheduler.ROUND_ROBIN)
+WHOLE = PolicySettings(plans=(Plan.STORAGE_TO_DECODE, Plan.STORAGE_TO_PREFILL))
 
-NS = "aa"
+LONG = Query(prompt_tokens=10_000, stored_blocks=600)  # 9,600 tokens stored, 400 to compute
+SHORT_TAIL = Query(prompt_tokens=9_700, stored_blocks=600)
+FRESH = Query(prompt_tokens=1000)
+PAIR = view(decode("d0", **M()), prefill("p0", **M()))
 
-
-def decode(name: str, **facts: object) -> DecodeView:
-    return DecodeView(address=f"{name}:1", id=name, namespace=NS, **facts)  # type: ignore[arg-type]
-
-
-def prefill(name: str, **facts: object) -> PrefillView:
-    return PrefillView(address=f"{name}:1", id=name, namespace=NS, **facts)  # type: ignore[arg-type]
-
-
-def view(*workers: DecodeView | PrefillView) -> ClusterView:
-    return ClusterView(
-        namespace=NS,
-        block_tokens=16,
-        decodes=tuple(w for w in workers if isinstance(w, DecodeView)),
-        prefills=tuple(w for w in workers if isinstance(w, PrefillView)),
-    )
-
-
-def text(decision: Route | Refusal) -> str:
-    if isinstance(decision, Refusal):
-        return f"refused ({decision.why}): {decision.reason}"
-    return (
-        f"{decision.decode} {decision.plan} blocks={decision.stored_blocks} prefill={decision.prefill or '-'}: {decision.reason}"
-    )
-
-
-GOLDEN = [
-    (
-        Query(prompt_tokens=1000, stored_blocks=60),
-        view(decode("d0"), prefill("p0")),
-        "d0:1 direct blocks=60 prefill=-: tail of 40 tokens is at most 512; "
-        "decode d0: fewest sequences (0) of 1 under Z=1050 tokens",
+ROUTES: dict[str, tuple[Query, ClusterView, PolicySettings]] = {
+    "alone and idle: both links and the compute share the prefix": (LONG, PAIR, OURS),
+    "storage is quick: a short tail stays with decode": (
+        SHORT_TAIL,
+        view(decode("d0", **M(storage=20e9)), prefill("p0", **M(storage=20e9))),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=1000, stored_blocks=10),
-        view(decode("d0"), prefill("p0")),
-        "d0:1 storage_to_prefill blocks=10 prefill=p0:1: tail of 840 tokens is over 512; "
-        "decode d0: fewest sequences (0) of 1 under Z=1050 tokens",
+    "decode has its fill of tails: prefill computes": (
+        SHORT_TAIL,
+        view(decode("d0", queued_tokens=200, **M(storage=20e9)), prefill("p0", **M(storage=20e9))),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=1000, stored_blocks=10),
-        view(decode("d0")),
-        "d0:1 direct blocks=10 prefill=-: tail of 840 tokens, but no prefill worker has room; "
-        "decode d0: fewest sequences (0) of 1 under Z=1050 tokens",
+    "prefill would be late with it: decode computes": (
+        SHORT_TAIL,
+        view(decode("d0", **M(storage=1e9)), prefill("p0", queued_tokens=4000, **M(storage=1e9))),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=1000),
-        view(decode("d0"), prefill("p0")),
-        "d0:1 recompute blocks=0 prefill=p0:1: nothing stored, 1000 tokens are over 512; "
-        "decode d0: fewest sequences (0) of 1 under Z=1050 tokens",
+    "decode's storage link is backlogged: prefill's takes more": (
+        LONG,
+        view(decode("d0", **M(storage_queue=200e6)), prefill("p0", queued_tokens=3000, **M())),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=100),
-        view(decode("d0"), prefill("p0")),
-        "d0:1 recompute blocks=0 prefill=-: nothing stored, 100 tokens, worth no hand-over; "
-        "decode d0: fewest sequences (0) of 1 under Z=105 tokens",
+    "decode's storage link is hopeless: prefill's and the compute": (
+        LONG,
+        view(decode("d0", **M(storage_queue=900e6)), prefill("p0", **M())),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=1000),
-        view(decode("d0"), prefill("p0", tokens=6000, prefill_tokens_per_s=1000.0)),
-        "d0:1 recompute blocks=0 prefill=-: nothing stored, 1000 tokens, but no prefill worker has room; "
-        "decode d0: fewest sequences (0) of 1 under Z=1050 tokens",
+    "prefill's storage link is hopeless, and its compute late": (
+        LONG,
+        view(decode("d0", **M(storage=1e9)), prefill("p0", queued_tokens=3000, **M(storage_queue=900e6))),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=1000, direct_tail_tokens=0),
-        view(decode("d0"), prefill("p0", tokens=10, read_queue_bytes=400, read_bytes_per_s=100.0), prefill("p1", tokens=500)),
-        "d0:1 recompute blocks=0 prefill=p1:1: nothing stored, 1000 tokens are over 0; "
-        "decode d0: fewest sequences (0) of 1 under Z=1050 tokens",
+    "decode serves enough already: nobody reads from it": (
+        LONG,
+        view(decode("d0", **M(storage=1e9, read_queue=2e9)), prefill("p0", **M())),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=100),
+    "the way back to decode is slow: little over prefill": (
+        LONG,
+        view(decode("d0", **M()), prefill("p0", **M() | {"peer_write": Link(20e6)})),
+        OURS,
+    ),
+    "storage is far slower than computing": (
+        LONG,
+        view(decode("d0", **M(storage=1e6)), prefill("p0", **M(50_000, storage=1e6))),
+        OURS,
+    ),
+    "nothing is measured yet": (LONG, view(decode("d0"), prefill("p0")), OURS),
+    "another request is measuring prefill's link": (
+        LONG,
+        view(decode("d0", **M()), prefill("p0", **M() | {"storage": Link(0, 5e6)})),
+        OURS,
+    ),
+    "a slow link that was long passed over may be twice as quick": (
+        LONG,
+        view(decode("d0", **M() | {"storage": Link(50e6, 0, 100.0)}), prefill("p0", **M(storage=200e6))),
+        OURS,
+    ),
+    "experience says that split takes longer than the model": (
+        LONG,
+        view(*PAIR.decodes, *PAIR.prefills, corrections={Plan.SPLIT: 1.8, Plan.SPLIT_MEET: 1.8}),
+        OURS,
+    ),
+    "stored at a quarter of the size: worth loading": (
+        LONG,
+        view(*PAIR.decodes, *PAIR.prefills, stored_bytes=BLOCK_BYTES // 4),
+        OURS,
+    ),
+    "no prefill worker: decode loads, computes and meets": (LONG, view(decode("d0", **M())), OURS),
+    "nothing stored, long": (FRESH, PAIR, OURS),
+    "nothing stored, short": (Query(prompt_tokens=100), PAIR, OURS),
+    "prefill over beta is waited for all the same": (
+        FRESH,
+        view(decode("d0", **M()), prefill("p0", queued_tokens=6000, **M())),
+        OURS,
+    ),
+    "prefill under beta comes before one over it": (
+        FRESH,
+        view(decode("d0", **M()), prefill("p0", queued_tokens=6000, **M()), prefill("p1", queued_tokens=4000, **M())),
+        OURS,
+    ),
+    "decode still holds all that is stored": (
+        msgspec.structs.replace(SHORT_TAIL, resident={"d1:1": 600}),
+        view(decode("d0", **M()), decode("d1", sequences=3, tokens=900, **M()), prefill("p0", **M())),
+        OURS,
+    ),
+    "decode still holds a part, which prefill reads there": (
+        msgspec.structs.replace(LONG, resident={"d0:1": 400}),
+        PAIR,
+        OURS,
+    ),
+    "begun elsewhere: decode does it all": (msgspec.structs.replace(LONG, moved=True), PAIR, OURS),
+    "only whole loads are allowed": (LONG, view(decode("d0", **M()), prefill("p0", **M(storage=150e6))), WHOLE),
+    "paper: the shorter read queue is decode's": (
+        LONG,
+        view(decode("d0", **M()), prefill("p0", **M(storage_queue=50e6))),
+        PAPER,
+    ),
+    "paper: the shorter read queue is prefill's": (
+        LONG,
+        view(decode("d0", **M(storage_queue=50e6)), prefill("p0", **M())),
+        PAPER,
+    ),
+    "paper: alpha passes over who reads much": (
+        LONG,
+        view(
+            decode("d0", **M(storage_queue=900e6)),
+            prefill("p0", **M(storage_queue=400e6)),
+            prefill("p1", tokens=500, **M(storage_queue=200e6)),
+        ),
+        PAPER,
+    ),
+    "paper: nothing stored": (FRESH, PAIR, PAPER),
+    "in turn": (
+        msgspec.structs.replace(LONG, turn=3),
+        view(decode("d0", **M()), decode("d1", **M()), prefill("p0", **M()), prefill("p1", **M())),
+        TURNS,
+    ),
+    "fewest sequences under Z": (
+        Query(100),
         view(decode("d0", sequences=1, tokens=9000), decode("d1", sequences=9, tokens=100), decode("d2", sequences=5, tokens=90)),
-        "d2:1 recompute blocks=0 prefill=-: nothing stored, 100 tokens, worth no hand-over; "
-        "decode d2: fewest sequences (5) of 2 under Z=3252 tokens",
+        OURS,
     ),
-    (
-        Query(prompt_tokens=9000),
+    "fewest tokens over Z": (
+        Query(9000),
         view(decode("d0", sequences=1, tokens=500), decode("d1", sequences=9, tokens=400)),
-        "d1:1 recompute blocks=0 prefill=-: nothing stored, 9000 tokens, but no prefill worker has room; "
-        "decode d1: fewest tokens (400) of 2, none under Z=5198",
+        OURS,
     ),
-    (
-        Query(prompt_tokens=10),
-        view(decode("d0", full_until=7.0), decode("d1", full_until=8.0)),
-        "refused (overloaded): all 2 decode workers are full",
+    "room in the pool comes first": (
+        Query(1000),
+        view(decode("d0", tokens=7500, pool_tokens=8192), decode("d1", sequences=9, tokens=90_000, pool_tokens=1 << 20)),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=10),
-        view(decode("d0", draining=True), decode("d1", connected=False)),
-        "refused (unavailable): no decode worker is connected that isn't draining",
+    "room in the stage comes first": (
+        Query(1000),
+        view(
+            decode("d0", stage_slots_free=62, stage_slots_total=80),
+            decode("d1", sequences=9, stage_slots_free=63, stage_slots_total=80),
+        ),
+        OURS,
     ),
-    (
-        Query(prompt_tokens=4096),
-        view(decode("d0", pool_tokens=2048)),
-        "refused (too_large): the prompt has 4096 tokens and the largest KV pool holds 2048",
-    ),
-]
+    "all are full": (Query(10), view(decode("d0", full_until=7.0), decode("d1", full_until=8.0)), OURS),
+    "nobody is there": (Query(10), view(decode("d0", draining=True), decode("d1", connected=False)), OURS),
+    "larger than any pool": (Query(4096), view(decode("d0", pool_tokens=2048)), OURS),
+}
 
 
 def test_routes_are_as_written_down() -> None:
-    for query, cluster, expected in GOLDEN:
-        assert text(route(query, cluster, 5.0)) == expected
+    decisions = {what: route(query, cluster, 5.0, settings) for what, (query, cluster, settings) in ROUTES.items()}
+    assert "".join(f"{what}\n  {text(decision)}\n" for what, decision in decisions.items()) == written_down("routes.txt")
 
 
 def test_a_worker_that_failed_the_request_is_taken_only_when_there_is_no_other() -> None:
     two = view(decode("d0"), decode("d1", sequences=50, tokens=10))
-    assert route(Query(10, avoid=frozenset({"d0:1"})), two, 0.0).decode == "d1:1"  # type: ignore[union-attr]
-    assert route(Query(10, avoid=frozenset({"d0:1"})), view(decode("d0")), 0.0).decode == "d0:1"  # type: ignore[union-attr]
+    assert placed(route(Query(10, avoid=frozenset({"d0:1"})), two, 0.0)).decode == "d1:1"
+    assert placed(route(Query(10, avoid=frozenset({"d0:1"})), view(decode("d0")), 0.0)).decode == "d0:1"
 
 
 def test_the_tail_decode_takes_follows_its_measured_speed() -> None:
-    stored = Query(prompt_tokens=1600 + 300, stored_blocks=100)
-    for speed, plan in ((400.0, Plan.STORAGE_TO_PREFILL), (4000.0, Plan.DIRECT)):
-        decision = route(stored, view(decode("d0", prefill_tokens_per_s=speed), prefill("p0")), 0.0)
-        assert isinstance(decision, Route) and decision.plan is plan
+    for tokens_per_s, tail in ((0.0, 512), (100.0, 128), (4000.0, 1000), (1e6, 4096)):
+        assert direct_tail_tokens(decode("d0", prefill_tokens_per_s=tokens_per_s), OURS) == tail
+    assert direct_tail_tokens(decode("d0"), PolicySettings(direct_tail_tokens=7)) == 7
 
 
 def test_a_refusal_says_when_the_first_full_worker_is_free_again() -> None:
@@ -144,84 +195,103 @@ def test_a_refusal_says_when_the_first_full_worker_is_free_again() -> None:
     assert isinstance(refusal, Refusal) and refusal.why is Why.OVERLOADED and refusal.retry_after_s == 2.5
 
 
-tokens = st.integers(0, 100_000)
-decodes = st.builds(
-    DecodeView,
-    address=st.uuids().map(str),
-    id=st.just("d"),
-    namespace=st.sampled_from([NS, "bb"]),
-    sequences=st.integers(0, 64),
-    tokens=tokens,
-    pool_tokens=st.sampled_from([0, 1024, 65536]),
-    prefill_tokens_per_s=st.floats(0, 1e5),
-    connected=st.booleans(),
-    draining=st.booleans(),
-    full_until=st.floats(0, 10),
-)
-prefills = st.builds(
-    PrefillView,
-    address=st.uuids().map(str),
-    id=st.just("p"),
-    namespace=st.sampled_from([NS, "bb"]),
-    tokens=tokens,
-    prefill_tokens_per_s=st.floats(0, 1e5),
-    read_bytes_per_s=st.floats(0, 1e10),
-    read_queue_bytes=st.integers(0, 1 << 40),
-    connected=st.booleans(),
-    draining=st.booleans(),
-)
-clusters = st.builds(
-    ClusterView,
-    namespace=st.just(NS),
-    block_tokens=st.just(16),
-    decodes=st.lists(decodes, max_size=6).map(tuple),
-    prefills=st.lists(prefills, max_size=6).map(tuple),
-)
-queries = st.integers(1, 50_000).flatmap(
-    lambda size: st.builds(Query, prompt_tokens=st.just(size), stored_blocks=st.integers(0, (size - 1) // 16))
+def test_turns_go_round() -> None:
+    cluster = view(*(decode(f"d{i}") for i in range(3)), *(prefill(f"p{i}", **M()) for i in range(2)))
+    taken = [placed(route(Query(10_000, turn=turn), cluster, 0.0, TURNS)) for turn in range(6)]
+    assert [t.decode for t in taken] == [f"d{i % 3}:1" for i in range(6)]
+    assert [t.prefill for t in taken] == [f"p{i % 2}:1" for i in range(6)]
+
+
+ALL_SETTINGS = st.builds(
+    PolicySettings,
+    plans=st.lists(st.sampled_from(PLANS), unique=True).map(tuple),
+    layerwise=st.booleans(),
+    scheduler=st.sampled_from(Scheduler),
+    direct_tail_tokens=st.sampled_from([None, 0, 300]),
+    error_band=st.sampled_from([0.0, 0.05, 0.3]),
 )
 
 
-@given(queries, clusters)
-def test_a_route_names_only_workers_that_can_serve_it(query: Query, cluster: ClusterView) -> None:
-    decision = route(query, cluster, 5.0)
-    able = {
-        w.address
-        for w in cluster.decodes
-        if w.connected
-        and not w.draining
-        and w.namespace == NS
-        and w.full_until <= 5
-        and not 0 < w.pool_tokens <= query.prompt_tokens
-    }
+@given(cases(), ALL_SETTINGS)
+def test_a_route_names_only_workers_that_can_serve_it(case: tuple[Query, ClusterView], settings: PolicySettings) -> None:
+    query, cluster = case
+    decision = route(query, cluster, 5.0, settings)
+    able = {w.address for w in able_decodes(query, cluster)}
     if isinstance(decision, Refusal):
         assert not able and decision.reason
         return
-    assert decision.decode in able
-    helpers = {w.address: w for w in cluster.prefills if w.connected and not w.draining and w.namespace == NS}
-    if decision.prefill:
-        helper = helpers[decision.prefill]
-        assert helper.prefill_tokens_per_s == 0 or helper.tokens <= PREFILL_BACKLOG_S_MAX * helper.prefill_tokens_per_s
-    assert (decision.plan is Plan.DIRECT) <= (decision.stored_blocks > 0 and not decision.prefill)
-    assert (decision.plan is Plan.STORAGE_TO_PREFILL) <= (decision.stored_blocks > 0 and bool(decision.prefill))
-    assert (decision.plan is Plan.RECOMPUTE) == (query.stored_blocks == 0) == (decision.stored_blocks == 0)
-    assert decision.reason
+    assert decision.decode in able and decision.reason
+    assert (decision.decode not in query.avoid) or able <= query.avoid
+    assert not decision.prefill or any(w.address == decision.prefill and cluster.usable(w) for w in cluster.prefills)
+    assert not (decision.prefill and query.moved)
+    assert decision.plan in {*settings.plans, Plan.RECOMPUTE}
+    assert ("prefill" if decision.prefill else "decode") in SHAPES[decision.plan].computers
 
 
-@given(queries, clusters)
-def test_decode_is_under_the_papers_limit_whenever_one_is(query: Query, cluster: ClusterView) -> None:
-    free = [
-        w
-        for w in cluster.decodes
-        if w.connected
-        and not w.draining
-        and w.namespace == NS
-        and w.full_until <= 5
-        and not 0 < w.pool_tokens <= query.prompt_tokens
-    ]
+@given(cases(), ALL_SETTINGS)
+def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, ClusterView], settings: PolicySettings) -> None:
+    query, cluster = case
+    decision = route(query, cluster, 5.0, settings)
+    if isinstance(decision, Refusal):
+        return
+    for estimate in decision.candidates:
+        check_legs(query, estimate.decode, estimate.legs, SHAPES[estimate.plan].loads)
+        loaded = sum(leg.last_block - leg.first_block for leg in estimate.legs)
+        least = query.prompt_tokens - loaded * BLOCK_TOKENS
+        assert 1 <= least <= estimate.computed_tokens <= query.prompt_tokens
+        assert (estimate.computed_tokens == least) or estimate.order is Order.MEET
+        assert (estimate.order is Order.MEET) == SHAPES[estimate.plan].meets
+        moved, block = estimate.moved, cluster.stored_bytes_per_block
+        from_storage = sum(leg.last_block - leg.first_block for leg in estimate.legs if leg.source is not Source.RESIDENT)
+        taken = (estimate.computed_tokens - least) // BLOCK_TOKENS
+        assert moved.storage_to_decode + moved.storage_to_prefill == (from_storage - taken) * block
+
+
+@given(cases())
+def test_the_choice_is_never_later_than_any_safe_candidate_by_more_than_the_band(case: tuple[Query, ClusterView]) -> None:
+    query, cluster = case
     decision = route(query, cluster, 5.0)
     if isinstance(decision, Refusal):
         return
+    calm = [e for e in decision.candidates if not e.busy_guess]
+    assert decision.estimate in calm or not calm
+    for other in calm or decision.candidates:
+        assert decision.estimate.finish_s <= other.finish_s * (1 + OURS.error_band) + SMALL_S
+
+
+@given(cases())
+def test_no_route_is_later_than_recomputing_by_more_than_the_stated_error(case: tuple[Query, ClusterView]) -> None:
+    query, cluster = case
+    decision, only = route(query, cluster, 5.0), route(query, cluster, 5.0, PolicySettings(plans=(Plan.RECOMPUTE,)))
+    if isinstance(decision, Refusal) or isinstance(only, Refusal):
+        return
+    assert decision.estimate.finish_s <= only.estimate.finish_s * (1 + decision.estimate.error) + SMALL_S
+
+
+@given(cases(), ALL_SETTINGS)
+def test_decodes_batch_is_spared_while_there_is_a_prefill_worker(
+    case: tuple[Query, ClusterView], settings: PolicySettings
+) -> None:
+    query, cluster = case
+    decision = route(query, cluster, 5.0, settings)
+    if isinstance(decision, Refusal) or query.moved or not any(map(cluster.usable, cluster.prefills)):
+        return
+    worker = next(w for w in cluster.decodes if w.address == decision.decode)
+    if not decision.prefill:
+        assert decision.estimate.computed_tokens + worker.queued_tokens <= direct_tail_tokens(worker, settings)
+    elif decision.estimate.moved.decode_to_prefill and worker.peer_read.bytes_per_s:
+        assert worker.peer_read.queue_bytes <= settings.serve_backlog_s * worker.peer_read.bytes_per_s * 2  # a stale rate
+
+
+@given(cases(), st.sampled_from([OURS, PAPER]))
+def test_decode_is_under_the_papers_limit_whenever_one_is(case: tuple[Query, ClusterView], settings: PolicySettings) -> None:
+    query, cluster = case
+    query = msgspec.structs.replace(query, resident={}, avoid=frozenset())
+    free = able_decodes(query, cluster)
+    decision = route(query, cluster, 5.0, settings)
+    if isinstance(decision, Refusal):
+        return
+    free = [w for w in free if roomy(query, w)] or free
     limit = Z_FACTOR * (query.prompt_tokens + sum(w.tokens for w in free)) / len(free)
     under = [w for w in free if w.tokens + query.prompt_tokens <= limit]
     chosen = next(w for w in free if w.address == decision.decode)
@@ -231,10 +301,11 @@ def test_decode_is_under_the_papers_limit_whenever_one_is(query: Query, cluster:
         assert chosen.tokens == min(w.tokens for w in free)
 
 
-@given(queries, clusters)
-def test_the_same_view_gives_the_same_route_whatever_its_order(query: Query, cluster: ClusterView) -> None:
+@given(cases(), ALL_SETTINGS)
+def test_the_same_view_gives_the_same_route_whatever_its_order(case: tuple[Query, ClusterView], settings: PolicySettings) -> None:
+    query, cluster = case
     turned = msgspec.structs.replace(cluster, decodes=cluster.decodes[::-1], prefills=cluster.prefills[::-1])
-    assert route(query, cluster, 5.0) == route(query, turned, 5.0)
+    assert route(query, cluster, 5.0, settings) == route(query, turned, 5.0, settings)
 
 
 @given(st.binary(min_size=32, max_size=32), st.lists(st.uuids().map(str), min_size=2, max_size=8, unique=True))
@@ -255,3 +326,32 @@ def test_the_namespace_of_most_workers_is_the_clusters_and_a_tie_changes_nothing
     assert cluster_namespace(["a", "b"], "a") == "a"
     assert cluster_namespace(["a", "b"], "b") == "b"
     assert cluster_namespace([], "b") == "b"
+
+
+def placed(decision: Route | Refusal) -> Route:
+    assert isinstance(decision, Route), decision
+    return decision
+
+
+def able_decodes(query: Query, cluster: ClusterView) -> list[DecodeView]:
+    """Those that could take it at 5 s."""
+    return [
+        w for w in cluster.decodes if cluster.usable(w) and w.full_until <= 5 and not 0 < w.pool_tokens <= query.prompt_tokens
+    ]
+
+
+def roomy(query: Query, worker: DecodeView) -> bool:
+    pool = not worker.pool_tokens or worker.tokens + query.prompt_tokens <= worker.pool_tokens
+    return pool and (not worker.stage_slots_total or -(-query.prompt_tokens // BLOCK_TOKENS) <= worker.stage_slots_free)
+
+
+def check_legs(query: Query, address: str, legs: tuple[Leg, ...], loads: tuple[Source, ...]) -> None:
+    resident = query.resident.get(address, 0)
+    cursor = 0
+    for leg in legs:
+        assert leg.first_block == cursor < leg.last_block
+        cursor = leg.last_block
+        if leg.source is Source.RESIDENT:
+            assert leg.first_block == 0 and leg.last_block == resident
+        else:
+            assert leg.source in loads and leg.last_block <= query.stored_blocks

@@ -1,0 +1,99 @@
+"""The routes a request could take, each with its estimate, and the rules that choose among them. Pure.
+
+Decode's inter-token latency comes first: while there is a prefill worker, decode computes no more than
+`direct_tail_tokens` inside its own batch, those queued there included, and isn't read from when more than
+`serve_backlog_s` of reads already wait for it.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from common.routes import Plan
+from services.router.policy.estimates import Estimate, Pair
+from services.router.policy.plans import PLACE, SHAPES
+from services.router.policy.rates import rates_of
+from services.router.policy.settings import PolicySettings, Scheduler
+from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query
+
+SMALL_S = 0.005  # estimates are no finer: what a message takes on a busy machine
+DIRECT_TAIL_TOKENS = 512  # where decode's speed is not known yet
+DIRECT_TAIL_TOKENS_MIN, DIRECT_TAIL_TOKENS_MAX = 128, 4096
+
+
+def candidates(
+    query: Query,
+    view: ClusterView,
+    settings: PolicySettings,
+    decodes: Iterable[DecodeView],
+    prefills: Sequence[PrefillView],
+) -> list[Estimate]:
+    """Every admissible route over these workers; at least one. In order of decode, prefill and plan."""
+    rates = rates_of(view)
+    found: list[Estimate] = []
+    for decode in decodes:
+        for prefill in (None, *prefills):
+            pair = Pair(query, view, settings, rates, decode, prefill)
+            made = [pair.estimate(plan) for plan in _plans(settings, "prefill" if prefill else "decode")]
+            found += [e for e in made if e is not None and (not prefills or _spares(e, decode, settings))]
+    return found
+
+
+def choose(found: Sequence[Estimate], settings: PolicySettings) -> tuple[Estimate, str]:
+    """The route to take, and why."""
+    if settings.scheduler is Scheduler.EARLIEST_FINISH:
+        return _earliest(found, settings)
+    return _shorter_queue(found)
+
+
+def direct_tail_tokens(decode: DecodeView, settings: PolicySettings) -> int:
+    """The most that decode computes inside its own batch for others' first tokens."""
+    if settings.direct_tail_tokens is not None:
+        return settings.direct_tail_tokens
+    if decode.prefill_tokens_per_s <= 0:
+        return DIRECT_TAIL_TOKENS
+    measured = int(settings.direct_tail_s * decode.prefill_tokens_per_s)
+    return max(DIRECT_TAIL_TOKENS_MIN, min(DIRECT_TAIL_TOKENS_MAX, measured))
+
+
+def _plans(settings: PolicySettings, computer: str) -> list[Plan]:
+    allowed = {*settings.plans, Plan.RECOMPUTE}
+    return [
+        plan
+        for plan, shape in SHAPES.items()
+        if plan in allowed and computer in shape.computers and (settings.layerwise or not shape.meets)
+    ]
+
+
+def _spares(estimate: Estimate, decode: DecodeView, settings: PolicySettings) -> bool:
+    """Whether decode's batch can bear it."""
+    if not estimate.prefill:
+        return estimate.computed_tokens + decode.queued_tokens <= direct_tail_tokens(decode, settings)
+    return estimate.serve_wait_s <= settings.serve_backlog_s
+
+
+def _earliest(found: Sequence[Estimate], settings: PolicySettings) -> tuple[Estimate, str]:
+    """Of those at about the earliest finish, the one that computes least; of these, the one that costs the least work.
+
+    Nobody bets on a rate that another request is measuring already, unless there is nothing else.
+    """
+    calm = [e for e in found if not e.busy_guess] or found
+    earliest = min(e.finish_s for e in calm)
+    limit = earliest + max(SMALL_S, earliest * settings.error_band)
+    near = [e for e in calm if e.finish_s <= limit]
+    best = min(near, key=lambda e: (e.computed_tokens, e.work_s, e.finish_s, PLACE[e.plan], e.decode, e.prefill))
+    why = f"finishes in {best.finish_s:.3f} s, earliest of {len(found)}"
+    if best.finish_s > earliest:
+        why = f"finishes in {best.finish_s:.3f} s and costs the least of {len(near)} at about {earliest:.3f} s"
+    return best, why + (", by a guess" if best.guess else "")
+
+
+def _shorter_queue(found: Sequence[Estimate]) -> tuple[Estimate, str]:
+    """As the paper: what is stored is loaded, over the shorter read queue; a short tail stays with decode."""
+    whole = {(e.plan, bool(e.prefill)): e for e in found}
+    if direct := whole.get((Plan.DIRECT, False)):
+        return direct, f"a tail of {direct.computed_tokens} tokens stays with decode"
+    loads = [e for e in found if e.plan is not Plan.RECOMPUTE]
+    if loads:
+        best = min(loads, key=lambda e: (e.read_wait_s, PLACE[e.plan]))
+        return best, f"the shorter read queue ({best.read_wait_s:.3f} s) of {len(loads)}"
+    best = whole.get((Plan.RECOMPUTE, False)) or whole[Plan.RECOMPUTE, True]
+    return best, f"nothing to load, {best.computed_tokens} tokens to compute"

@@ -1,0 +1,212 @@
+"""What a plan would take: a model of one request on a decode worker and perhaps a prefill worker. Pure.
+
+A prompt of T tokens has n leading blocks stored, of which decode still holds the first r. The model:
+
+- *Links.* Bytes over a link wait for those queued there, then move at its measured rate. Blocks that decode
+  pulls for prefill go on to it while others are pulled; blocks that prefill pulls go on to decode likewise: two
+  links in a row move at the pace of the slower.
+- *Compute.* One worker computes tokens one after another at its measured speed, after those queued there.
+- *Filling.* The blocks [r, n) are shared out so that all sources of the plan are done at once (`shares.py`). With
+  MEET, compute is one of the sources: the rates add up, but for the claim that a load has begun when they meet.
+- *First token.* What is not stored is computed when both the stored blocks are there and the worker is free.
+- *Finish.* Whatever decode lacks has been handed over: beside the computing when layerwise, else after it.
+
+The estimate is this times the correction that finished requests have taught (`corrections.py`). What the
+model leaves out, attention's growth with the context among it, is what the correction and `error` are for.
+"""
+
+import msgspec
+
+from common.routes import Leg, Order, Plan, Source
+from services.router.policy.paths import Moved, Paths
+from services.router.policy.plans import SHAPES, Shape
+from services.router.policy.rates import Rates
+from services.router.policy.settings import PolicySettings, Scheduler
+from services.router.policy.shares import Filler, share
+from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query
+
+RUN_S = 0.005  # a prefill run's round trips: the call, its leases, the first slices
+CLAIM_BLOCKS = 1  # that a load takes on at once under MEET
+GUESS_ERROR = 1.0  # of an estimate that rests on a rate nobody measured
+
+
+class Demand(msgspec.Struct, frozen=True):
+    """What a route asks of one worker. `tokens`: of KV to hold; at prefill, to compute."""
+
+    tokens: int
+    computed_tokens: int = 0
+    storage_bytes: int = 0
+    peer_read_bytes: int = 0
+    peer_write_bytes: int = 0
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate route and what it would take, in seconds from now.
+
+    Attributes:
+        decode, prefill: addresses; an empty `prefill`: decode computes.
+        legs: what is loaded. With MEET, compute may take blocks off their fronts.
+        read_wait_s: until the storage links are ours. `serve_wait_s`: until decode serves prefill's reads, if there are any.
+        wait_s: until the computing worker is free. `load_s`: until the stored blocks are there.
+        compute_s: of the computing worker's time. `first_token_s`, `finish_s`: see the module.
+        correction: in both of these, what finished requests have taught.
+        work_s: seconds of links and workers that it keeps busy, all added up.
+        error: how far off it may be, relative.
+        computed_tokens: prompt tokens that are computed, those of stored blocks included.
+        guess, busy_guess: see `rates.py`.
+    """
+
+    plan: Plan
+    decode: str
+    prefill: str = ""
+    order: Order = Order.FORWARD
+    legs: tuple[Leg, ...] = ()
+    read_wait_s: float = 0.0
+    serve_wait_s: float = 0.0
+    wait_s: float = 0.0
+    load_s: float = 0.0
+    compute_s: float = 0.0
+    first_token_s: float
+    finish_s: float
+    correction: float = 1.0
+    work_s: float
+    error: float
+    computed_tokens: int
+    moved: Moved = Moved()
+    guess: bool = False
+    busy_guess: bool = False
+
+    def of_decode(self, tokens: int) -> Demand:
+        """What it asks of the decode worker, for a request of so many tokens."""
+        moved, computed = self.moved, 0 if self.prefill else self.computed_tokens
+        return Demand(tokens, computed, moved.storage_to_decode, moved.decode_to_prefill, moved.prefill_to_decode)
+
+    def of_prefill(self) -> Demand:
+        moved, computed = self.moved, self.computed_tokens
+        return Demand(computed, computed, moved.storage_to_prefill, moved.decode_to_prefill, moved.prefill_to_decode)
+
+
+class Division(msgspec.Struct, frozen=True):
+    """Who brings the blocks [0, blocks): `loaded` per load of the plan, the rest computed or still held by decode."""
+
+    loaded: tuple[int, ...]
+    computed: int
+    resident: int
+
+    @property
+    def blocks(self) -> int:
+        return sum(self.loaded) + self.computed + self.resident
+
+
+class Pair:
+    """One decode worker, with the prefill worker that computes for it or None. `estimate` asks about one plan."""
+
+    def __init__(
+        self,
+        query: Query,
+        view: ClusterView,
+        settings: PolicySettings,
+        rates: Rates,
+        decode: DecodeView,
+        prefill: PrefillView | None,
+    ) -> None:
+        self._view = view
+        self._settings = settings
+        self._tokens = query.prompt_tokens
+        self._resident = query.resident.get(decode.address, 0)
+        self._stored = max(query.stored_blocks, self._resident)
+        self._decode = decode.address
+        self._prefill = prefill.address if prefill else ""
+        self._paths = {meets: Paths.of(rates, view, decode, prefill, bold=meets) for meets in (False, True)}
+
+    def estimate(self, plan: Plan) -> Estimate | None:
+        """None when the plan comes to another one here: it would load nothing, or compute nothing beside its loads."""
+        shape = SHAPES[plan]
+        if not shape.loads:
+            return self._reckon(plan, shape, Division((), 0, 0))
+        missing = self._stored - self._resident
+        shares = share(self._fillers(shape), missing)
+        division = Division(shares[: len(shape.loads)], sum(shares[len(shape.loads) :]), self._resident)
+        if missing == 0 and (shape.meets or shape.loads != (Source.STORAGE_TO_DECODE,) or not self._resident):
+            return None
+        if missing and not all(division.loaded):
+            return None
+        estimate = self._reckon(plan, shape, division)
+        idle = shape.meets and not division.computed
+        return None if idle and not estimate.guess and self._settings.scheduler is Scheduler.EARLIEST_FINISH else estimate
+
+    def _fillers(self, shape: Shape) -> list[Filler]:
+        paths = self._paths[shape.meets]
+        fillers = [Filler(pipe.wait_s, pipe.per_s) for pipe in map(paths.load, shape.loads)]
+        if shape.meets:
+            fillers.append(Filler(paths.compute.wait_s, paths.compute.per_s / self._view.block_tokens))
+        return fillers
+
+    def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
+        """The model of the module's text, for one division of the stored blocks."""
+        paths, block_tokens = self._paths[shape.meets], self._view.block_tokens
+        loads, blocks = division.loaded, division.blocks
+        filled = [f.filled_s(n) for f, n in zip(self._fillers(shape), (*loads, division.computed), strict=False)]
+        traffic = _traffic(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)
+        load_s = max(filled[: len(loads)], default=0.0)
+        if paths.peer_read is not None and division.resident:
+            load_s = max(load_s, paths.peer_read.wait_s + paths.peer_read.over_s(traffic.decode_to_prefill))
+        tail = self._tokens - blocks * block_tokens
+        computed_tokens = tail + division.computed * block_tokens
+        start_s = max(load_s, max(filled, default=0.0), paths.compute.wait_s)
+        if shape.meets:
+            start_s += max(paths.load(source).over_s(CLAIM_BLOCKS) for source in shape.loads)
+        first_token_s = finish_s = start_s + paths.compute.over_s(tail)
+        order = Order.MEET if shape.meets else Order.FORWARD if self._settings.layerwise else Order.WHOLE
+        if paths.peer_write is not None:
+            begins_s = first_token_s if order is Order.WHOLE else 0.0
+            handed_over_s = max(begins_s, paths.peer_write.wait_s) + paths.peer_write.over_s(traffic.prefill_to_decode)
+            finish_s = RUN_S + max(first_token_s, handed_over_s)
+            first_token_s += RUN_S
+        correction = self._view.corrections.get(plan, 1.0)
+        used = paths.used(shape.loads)
+        guess = any(pipe.guess for pipe in used)
+        return Estimate(
+            plan=plan,
+            decode=self._decode,
+            prefill=self._prefill,
+            order=order,
+            legs=_legs(shape, division),
+            read_wait_s=max((paths.storage(source).wait_s for source in shape.loads), default=0.0),
+            serve_wait_s=paths.peer_read.wait_s if paths.peer_read and traffic.decode_to_prefill else 0.0,
+            wait_s=paths.compute.wait_s,
+            load_s=load_s,
+            compute_s=paths.compute.over_s(computed_tokens),
+            first_token_s=first_token_s * correction,
+            finish_s=finish_s * correction,
+            correction=correction,
+            work_s=paths.work_s(traffic) + paths.compute.over_s(computed_tokens),
+            error=GUESS_ERROR if guess else self._settings.error_band,
+            computed_tokens=computed_tokens,
+            moved=traffic.in_bytes(self._view.stored_bytes_per_block, self._view.bytes_per_block),
+            guess=guess,
+            busy_guess=any(pipe.busy_guess for pipe in used),
+        )
+
+
+def _traffic(shape: Shape, division: Division, prompt_blocks: int | None) -> Moved:
+    """Blocks per path. `prompt_blocks`: of the whole prompt, when prefill computes; None: nothing is handed over."""
+    by = dict(zip(shape.loads, division.loaded, strict=True))
+    to_decode, to_prefill = by.get(Source.STORAGE_TO_DECODE, 0), by.get(Source.STORAGE_TO_PREFILL, 0)
+    if prompt_blocks is None:
+        return Moved(to_decode)
+    at_decode = to_decode + division.resident
+    return Moved(to_decode, to_prefill, at_decode, prompt_blocks - at_decode)
+
+
+def _legs(shape: Shape, division: Division) -> tuple[Leg, ...]:
+    """Resident blocks, then the loads in the plan's order; what compute is expected to take is the front of the first."""
+    legs = [Leg(0, division.resident, Source.RESIDENT)] if division.resident else []
+    first, computed = division.resident, division.computed
+    for source, blocks in zip(shape.loads, division.loaded, strict=True):
+        last = first + blocks + computed
+        computed = 0
+        if last > first:
+            legs.append(Leg(first, last, source))
+        first = last
+    return tuple(legs)

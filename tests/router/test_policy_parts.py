@@ -1,0 +1,180 @@
+"""The policy's parts: dividing blocks, rates to reckon with, what was learnt, what is still to be done."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.routes import Plan, Source
+from services.router.backlog import REPORT_LAG_S, Backlog
+from services.router.placement import Route, route
+from services.router.policy.corrections import CORRECTION_MAX, FORGET_S, Corrections
+from services.router.policy.rates import PRIOR_STORAGE_BYTES_PER_S, STALE_S, rates_of
+from services.router.policy.shares import Filler, level_s, share
+from services.router.policy.view import ClusterView, Link, Query
+from tests.router.blockwise import first_token_s
+from tests.router.clusters import BLOCK_BYTES, BLOCK_TOKENS, decode, measured, prefill, view
+
+fillers = st.lists(st.builds(Filler, st.floats(0, 100), st.floats(0.01, 1e4)), min_size=1, max_size=4)
+
+
+@given(fillers, st.integers(0, 5000))
+def test_shares_are_whole_and_none_could_be_moved_to_finish_earlier(given_fillers: list[Filler], blocks: int) -> None:
+    shares = share(given_fillers, blocks)
+    assert sum(shares) == blocks and min(shares) >= 0
+    last_s = max(f.filled_s(n) for f, n in zip(given_fillers, shares, strict=True))
+    for i, slowest in enumerate(given_fillers):
+        if shares[i] and slowest.filled_s(shares[i]) == last_s:
+            others = [f.filled_s(n + 1) for j, (f, n) in enumerate(zip(given_fillers, shares, strict=True)) if j != i]
+            assert all(other_s >= last_s - 1e-6 * last_s for other_s in others)
+
+
+@given(fillers, st.integers(1, 5000))
+def test_rates_add_up(given_fillers: list[Filler], blocks: int) -> None:
+    level = level_s(given_fillers, blocks)
+    filled = sum(max(0.0, level - f.wait_s) * f.blocks_per_s for f in given_fillers)
+    assert math.isclose(filled, blocks, rel_tol=1e-6)
+
+
+def test_an_unmeasured_rate_is_what_the_others_measured_or_else_the_prior() -> None:
+    unknown = decode("d0")
+    assert rates_of(view(unknown)).storage(unknown, False).per_s == PRIOR_STORAGE_BYTES_PER_S
+    others = (unknown, prefill("p0", **measured(storage=3e6)), prefill("p1", **measured(storage=5e6)))
+    assert rates_of(view(*others)).storage(unknown, False).per_s == 4e6
+
+
+def test_a_stale_rate_is_doubled_by_the_bold_only_and_never_beyond_what_others_have() -> None:
+    quick = (prefill("p0", **measured(storage=1e9)), prefill("p1", **measured(storage=1e9)))
+    for idle_s, per_s, bold_per_s in ((0.0, 1e6, 1e6), (STALE_S + 1e-6, 1e6, 2e6), (3 * STALE_S, 1e6, 8e6), (1e9, 1e6, 1e9)):
+        worker = decode("d0", storage=Link(1e6, 0, idle_s))
+        rates = rates_of(view(worker, *quick))
+        assert math.isclose(rates.storage(worker, False).per_s, per_s, rel_tol=1e-6)
+        assert math.isclose(rates.storage(worker, True).per_s, bold_per_s, rel_tol=1e-6)
+    slow = decode("d0", storage=Link(1e6, 0, 1e9))
+    assert rates_of(view(slow)).storage(slow, True).per_s == 1e6
+
+
+def test_every_link_gets_measured_and_one_request_at_a_time_bets_on_a_guess() -> None:
+    """Requests come while the first ones still run: no unmeasured link has two, and soon none is left unmeasured."""
+    true = {"storage": 20e6, "peer_read": 500e6, "peer_write": 500e6}
+    known: dict[tuple[str, str], float] = {}
+    betting: list[tuple[str, str]] = []
+    for turn in range(12):
+        route_ = placed(LONG, cluster_of(known, betting, true))
+        used = links_of(route_)
+        bets = [link for link in used if link not in known]
+        if turn % 3:
+            assert not set(bets) & set(betting) or route_.estimate.busy_guess
+        betting += bets
+        if turn % 3 == 2:  # those that run finish, and their links have been measured
+            known |= {link: true[link[1]] for link in betting}
+            betting = []
+    assert {("d0:1", "storage"), ("p0:1", "storage"), ("p0:1", "peer_write")} <= known.keys()
+
+
+def test_a_link_that_was_slow_once_is_found_out_when_it_is_quick_again() -> None:
+    """A request a minute; whenever the link is used, its average moves halfway to the true rate."""
+    rate, idle_s, tries = 1e3, 0.0, 0
+    for _ in range(40):
+        slow = {"storage": Link(rate, 0, idle_s)}
+        if placed(LONG, view(decode("d0", **measured() | slow), prefill("p0", **measured()))).estimate.moved.storage_to_decode:
+            rate, idle_s, tries = (rate + 100e6) / 2, 0.0, tries + 1
+        idle_s += STALE_S + 1
+    assert rate > 90e6 and tries > 3
+
+
+@given(st.floats(0.05, 10), st.floats(0, 1e6))
+def test_a_wrong_bet_on_a_stale_link_costs_no_more_than_recomputing_and_a_block_under_way(block_s: float, idle_s: float) -> None:
+    """The link is as slow as ever: the policy was wrong to try, and compute goes on past it."""
+    slow = {"storage": Link(BLOCK_BYTES / block_s, 0, idle_s)}
+    cluster = view(decode("d0", **measured() | slow), prefill("p0", **measured() | slow))
+    taken = placed(LONG, cluster).estimate
+    links_s = dict.fromkeys((Source.STORAGE_TO_DECODE, Source.STORAGE_TO_PREFILL), block_s)
+    took = first_token_s(taken, LONG.prompt_tokens, BLOCK_TOKENS, links_s, 1e-3)
+    assert took <= (LONG.prompt_tokens * 1e-3 + block_s) * 1.05
+
+
+def test_corrections_follow_what_happened_within_their_bounds() -> None:
+    corrections = Corrections()
+    assert corrections.factors(0.0) == {}
+    for _ in range(100):
+        corrections.observe(Plan.SPLIT, 1.0, 1.5, 0.0)
+    assert math.isclose(corrections.factors(0.0)[Plan.SPLIT], 1.55 / 1.05, rel_tol=1e-3)
+    for _ in range(100):
+        corrections.observe(Plan.SPLIT, 1.0, 1e6, 0.0)
+    assert corrections.factors(0.0)[Plan.SPLIT] <= CORRECTION_MAX
+    for _ in range(200):
+        corrections.observe(Plan.SPLIT, 1e6, 1.0, 0.0)
+    assert corrections.factors(0.0)[Plan.SPLIT] >= 1 / CORRECTION_MAX
+
+
+def test_a_correction_is_forgotten_when_its_plan_is_not_used() -> None:
+    corrections = Corrections()
+    for _ in range(200):
+        corrections.observe(Plan.DIRECT, 1.0, 9.0, 0.0)
+    assert math.isclose(corrections.factors(0.0)[Plan.DIRECT], 2.0, rel_tol=1e-3)
+    assert math.isclose(corrections.factors(FORGET_S)[Plan.DIRECT], math.sqrt(2.0), rel_tol=1e-3)
+    assert math.isclose(corrections.factors(100 * FORGET_S)[Plan.DIRECT], 1.0)
+
+
+def test_milliseconds_teach_next_to_nothing() -> None:
+    corrections = Corrections()
+    corrections.observe(Plan.DIRECT, 0.001, 0.006, 0.0)
+    assert corrections.factors(0.0)[Plan.DIRECT] < 1.02
+
+
+def test_a_backlog_drains_at_its_rate_and_a_report_replaces_it() -> None:
+    backlog = Backlog()
+    backlog.pour(1000, 1.0)
+    assert backlog.left(50.0) == 1000, "nothing drains at an unknown rate"
+    backlog.report(600, 100.0, 50.0)
+    assert backlog.left(50.0) == 600 and backlog.left(53.0) == 300 and backlog.left(60.0) == 0
+
+
+def test_what_was_sent_just_before_a_report_is_not_lost_to_it() -> None:
+    backlog = Backlog()
+    backlog.pour(70, 9.0)
+    backlog.pour(30, 10.0)
+    backlog.report(0, 1.0, 10.0 + REPORT_LAG_S / 2)
+    assert backlog.left(10.0 + REPORT_LAG_S / 2) == 30
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1e9), st.booleans()), max_size=30))
+def test_a_backlog_is_never_negative_and_never_more_than_was_poured(events: list[tuple[float, float, bool]]) -> None:
+    backlog, now, poured = Backlog(), 0.0, 0.0
+    for after_s, amount, is_report in events:
+        now += after_s
+        if is_report:
+            backlog.report(0, amount, now)
+        else:
+            backlog.pour(amount, now)
+            poured += amount
+        assert 0 <= backlog.left(now) <= poured * (1 + 1e-9)
+
+
+LONG = Query(prompt_tokens=10_000, stored_blocks=600)
+
+
+def placed(query: Query, cluster: ClusterView) -> Route:
+    decision = route(query, cluster, 0.0)
+    assert isinstance(decision, Route)
+    return decision
+
+
+def cluster_of(known: dict[tuple[str, str], float], betting: list[tuple[str, str]], true: dict[str, float]) -> ClusterView:
+    """One pair; links measured as far as known, with bytes queued where a request bets."""
+
+    def facts(address: str) -> dict[str, object]:
+        keys = {name: (address, name) for name in true}
+        links = {name: Link(known.get(key, 0.0), 1e6 * betting.count(key)) for name, key in keys.items()}
+        return {"prefill_tokens_per_s": 1000.0, **links}
+
+    return view(decode("d0", **facts("d0:1")), prefill("p0", **facts("p0:1")))
+
+
+def links_of(taken: Route) -> list[tuple[str, str]]:
+    """The links that its bytes go over, by whoever measures them: prefill, but for what decode pulls."""
+    moved, prefill_ = taken.estimate.moved, taken.prefill
+    links = [((taken.decode, "storage"), moved.storage_to_decode), ((prefill_, "storage"), moved.storage_to_prefill)]
+    links += [((prefill_, "peer_read"), moved.decode_to_prefill), ((prefill_, "peer_write"), moved.prefill_to_decode)]
+    return [link for link, amount in links if amount]
