@@ -83,7 +83,7 @@ class Generator:
             return
         decision.first_token(report)
         modelled_s, plan = decision.modelled_s, decision.plan
-        if report is None or report.fallback or report.plan != plan or modelled_s is None or decision.first_token_s is None:
+        if report is None or report.fallback or plan is None or modelled_s is None or decision.first_token_s is None:
             return
         self.cluster.corrections.observe(plan, modelled_s, decision.first_token_s, time.monotonic())
         self.metrics.estimated(plan, decision.ratio)

@@ -236,15 +236,15 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
         return
     for estimate in decision.candidates:
         check_legs(query, estimate.decode, estimate.legs, SHAPES[estimate.plan].loads)
-        loaded = sum(leg.last_block - leg.first_block for leg in estimate.legs)
-        least = query.prompt_tokens - loaded * BLOCK_TOKENS
-        assert 1 <= least <= estimate.computed_tokens <= query.prompt_tokens
+        covered = sum(leg.blocks for leg in estimate.legs)
+        least = query.prompt_tokens - covered * BLOCK_TOKENS
+        assert 1 <= estimate.computed_tokens <= query.prompt_tokens and least <= estimate.computed_tokens
         assert (estimate.computed_tokens == least) or estimate.order is Order.MEET
         assert (estimate.order is Order.MEET) == SHAPES[estimate.plan].meets
-        moved, block = estimate.moved, cluster.stored_bytes_per_block
-        from_storage = sum(leg.last_block - leg.first_block for leg in estimate.legs if leg.source is not Source.RESIDENT)
-        taken = (estimate.computed_tokens - least) // BLOCK_TOKENS
-        assert moved.storage_to_decode + moved.storage_to_prefill == (from_storage - taken) * block
+        resident = sum(leg.blocks for leg in estimate.legs if leg.source is Source.RESIDENT)
+        loaded = estimate.moved.storage_to_decode + estimate.moved.storage_to_prefill
+        tokens = estimate.computed_tokens + (resident + loaded // cluster.stored_bytes_per_block) * BLOCK_TOKENS
+        assert tokens == query.prompt_tokens and loaded % cluster.stored_bytes_per_block == 0
 
 
 @given(cases())
@@ -349,9 +349,9 @@ def check_legs(query: Query, address: str, legs: tuple[Leg, ...], loads: tuple[S
     resident = query.resident.get(address, 0)
     cursor = 0
     for leg in legs:
-        assert leg.first_block == cursor < leg.last_block
+        assert cursor <= leg.first_block < leg.last_block
         cursor = leg.last_block
         if leg.source is Source.RESIDENT:
             assert leg.first_block == 0 and leg.last_block == resident
         else:
-            assert leg.source in loads and leg.last_block <= query.stored_blocks
+            assert leg.source in loads and resident <= leg.first_block and leg.last_block <= query.stored_blocks

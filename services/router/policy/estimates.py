@@ -15,6 +15,8 @@ The estimate is this times the correction that finished requests have taught (`c
 model leaves out, attention's growth with the context among it, is what the correction and `error` are for.
 """
 
+import math
+
 import msgspec
 
 from common.routes import Leg, Order, Plan, Source
@@ -26,7 +28,8 @@ from services.router.policy.shares import Filler, share
 from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query
 
 RUN_S = 0.005  # a prefill run's round trips: the call, its leases, the first slices
-CLAIM_BLOCKS = 1  # that a load takes on at once under MEET
+CLAIM_BLOCKS_MAX, CLAIMS_PER_LEG = 16, 8  # how finely legs are claimed under MEET (services/prefill/legs.py)
+MARGIN = 0.5  # of what is expected to be loaded under MEET: what may be loaded beyond that
 GUESS_ERROR = 1.0  # of an estimate that rests on a rate nobody measured
 
 
@@ -145,17 +148,17 @@ class Pair:
     def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
         """The model of the module's text, for one division of the stored blocks."""
         paths, block_tokens = self._paths[shape.meets], self._view.block_tokens
-        loads, blocks = division.loaded, division.blocks
+        loads, legs = division.loaded, _legs(shape, division)
         filled = [f.filled_s(n) for f, n in zip(self._fillers(shape), (*loads, division.computed), strict=False)]
         traffic = _traffic(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)
         load_s = max(filled[: len(loads)], default=0.0)
         if paths.peer_read is not None and division.resident:
             load_s = max(load_s, paths.peer_read.wait_s + paths.peer_read.over_s(traffic.decode_to_prefill))
-        tail = self._tokens - blocks * block_tokens
+        tail = self._tokens - division.blocks * block_tokens
         computed_tokens = tail + division.computed * block_tokens
         start_s = max(load_s, max(filled, default=0.0), paths.compute.wait_s)
         if shape.meets:
-            start_s += max(paths.load(source).over_s(CLAIM_BLOCKS) for source in shape.loads)
+            start_s += max(paths.load(leg.source).over_s(claim(leg.blocks)) for leg in legs if leg.source in shape.loads)
         first_token_s = finish_s = start_s + paths.compute.over_s(tail)
         order = Order.MEET if shape.meets else Order.FORWARD if self._settings.layerwise else Order.WHOLE
         if paths.peer_write is not None:
@@ -171,7 +174,7 @@ class Pair:
             decode=self._decode,
             prefill=self._prefill,
             order=order,
-            legs=_legs(shape, division),
+            legs=legs,
             read_wait_s=max((paths.storage(source).wait_s for source in shape.loads), default=0.0),
             serve_wait_s=paths.peer_read.wait_s if paths.peer_read and traffic.decode_to_prefill else 0.0,
             wait_s=paths.compute.wait_s,
@@ -199,14 +202,22 @@ def _traffic(shape: Shape, division: Division, prompt_blocks: int | None) -> Mov
     return Moved(to_decode, to_prefill, at_decode, prompt_blocks - at_decode)
 
 
+def claim(blocks: int) -> int:
+    """Blocks that a load takes on at once under MEET: compute may have to wait for so many when they meet."""
+    return max(1, min(CLAIM_BLOCKS_MAX, blocks // CLAIMS_PER_LEG))
+
+
 def _legs(shape: Shape, division: Division) -> tuple[Leg, ...]:
-    """Resident blocks, then the loads in the plan's order; what compute is expected to take is the front of the first."""
+    """Resident blocks, then the loads in the plan's order.
+
+    Under MEET, the first load's leg also covers the last of the blocks that compute is expected to take, so that the load goes
+    on when compute is late. It doesn't cover them all: the shorter a leg is, the finer are its claims.
+    """
     legs = [Leg(0, division.resident, Source.RESIDENT)] if division.resident else []
-    first, computed = division.resident, division.computed
+    first = division.resident + division.computed
+    margin = min(division.computed, math.ceil(MARGIN * sum(division.loaded)))
     for source, blocks in zip(shape.loads, division.loaded, strict=True):
-        last = first + blocks + computed
-        computed = 0
-        if last > first:
-            legs.append(Leg(first, last, source))
-        first = last
+        if blocks:
+            legs.append(Leg(first - margin, first + blocks, source))
+        first, margin = first + blocks, 0
     return tuple(legs)
