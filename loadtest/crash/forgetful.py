@@ -103,7 +103,7 @@ def main() -> None:
     """Wires the files in: the store makes its own otherwise."""
     choice = random.Random(sys.argv[1])
     files = ForgetfulFiles(choice)
-    store.Files = lambda: files  # type: ignore[assignment,misc]
+    vars(store)["Files"] = lambda: files
     sys.argv = [str(Path(__file__)), *sys.argv[3:]]
     sys.exit(process.start("kvstore", KvStoreSettings, "A kvstore that forgets what is not synced.", serve))
 

@@ -21,10 +21,11 @@ from services.kvstore.record import PAGE_BYTES
 async def crash_loop(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtest.crash_loop", "--data", str(folder), "--seed", "11", *flags,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    out, _ = await child.communicate()
+    out, log = await child.communicate()
     assert child.returncode is not None
+    assert out, f"no JSON line; status {child.returncode}: {log.decode()}"
     return child.returncode, json.loads(out.splitlines()[-1])
 
 
