@@ -79,7 +79,7 @@ class RecordingFiles(Files):
 
     def __init__(self, root: Path) -> None:
         self.events: list[Event] = []
-        self._root = root
+        self.root = root
         self._lock = threading.Lock()
         self._numbers: dict[int, int] = {}  # inode -> file number; inodes aren't reused while fds are open
         self._keep: list[int] = []
@@ -132,7 +132,7 @@ class RecordingFiles(Files):
         return self._numbers[os.fstat(fd).st_ino]
 
     def _name(self, path: Path) -> str:
-        return str(path.relative_to(self._root))
+        return str(path.relative_to(self.root))
 
     def _note(self, event: Event) -> None:
         with self._lock:
