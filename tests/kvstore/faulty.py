@@ -48,6 +48,21 @@ class FailingFiles(Files):
             self.fail["remove"](path)
         super().remove(path)
 
+    def make_folder(self, path: Path) -> None:
+        if "make_folder" in self.fail:
+            self.fail["make_folder"](path)
+        super().make_folder(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        if "rename" in self.fail:
+            self.fail["rename"](old, new)
+        super().rename(old, new)
+
+    def sync_folder(self, path: Path) -> None:
+        if "sync_folder" in self.fail:
+            self.fail["sync_folder"](path)
+        super().sync_folder(path)
+
 
 def raising(number: int) -> Callable[..., int | None]:
     """Fails with an errno."""
