@@ -67,6 +67,10 @@ bench-dualpath: $(STAMP)  ## measure every route over shaped links in network na
 bench-store-peers: $(STAMP)  ## the kvstore beside LMCache's and Mooncake's SSD tiers (installed apart); one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_store_peers $(ARGS)
 
+.PHONY: crash-loop
+crash-loop: $(STAMP)  ## kill a kvstore a thousand times; it must lose and spoil nothing; one JSON line
+	@exec "$(BIN)/python" -m loadtest.crash_loop $(ARGS)
+
 -include deploy/docker/docker.mk
 
 clean:  ## remove the environment and caches; data/ stays

@@ -115,6 +115,21 @@ class FailingFiles(Files):
             self.fail["remove"](path)
         super().remove(path)
 
+    def make_folder(self, path: Path) -> None:
+        if "make_folder" in self.fail:
+            self.fail["make_folder"](path)
+        super().make_folder(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        if "rename" in self.fail:
+            self.fail["rename"](old, new)
+        super().rename(old, new)
+
+    def sync_folder(self, path: Path) -> None:
+        if "sync_folder" in self.fail:
+            self.fail["sync_folder"](path)
+        super().sync_folder(path)
+
 
 def raising(number: int) -> Callable[..., int | None]:
     """Fails with an errno."""
@@ -146,7 +161,7 @@ class RecordingFiles(Files):
 
     def __init__(self, root: Path) -> None:
         self.events: list[Event] = []
-        self._root = root
+        self.root = root
         self._lock = threading.Lock()
         self._numbers: dict[int, int] = {}  # inode -> file number; inodes aren't reused while fds are open
         self._keep: list[int] = []
@@ -202,7 +217,7 @@ class RecordingFiles(Files):
         return self._numbers[os.fstat(fd).st_ino]
 
     def _name(self, path: Path) -> str:
-        return str(path.relative_to(self._root))
+        return str(path.relative_to(self.root))
 
     def _note(self, event: Event) -> None:
         with self._lock:

@@ -12,13 +12,15 @@ from common.storage import BlockMeta
 from common.transport.interface import PartStatus
 from services.kvstore import scan, writer
 from services.kvstore.options import StoreOptions
+from services.kvstore.record import PAGE_BYTES, SEGMENT_MAGIC, SLOT_MAGIC, STORE_MAGIC
 from tests.kvstore.faulty import Event, RecordingFiles, disk_after_crash
-from tests.kvstore.support import NAMESPACE, OTHER, ROOT, Rig, bytes_on_disk, chain, leftovers, offers, options, rig
+from tests.kvstore.support import NAMESPACE, OTHER, ROOT, Rig, bytes_on_disk, chain, leftovers, offers, options, rig, slot_offset
 
 SLOT_BYTES, LENGTH = 8192, 2500
 BUDGET_BYTES = 8 * (4096 + 2 * SLOT_BYTES)
 CHAINS = [(NAMESPACE, chain(5, f"crash{i}")) for i in range(4)] + [(OTHER, chain(4, "other")), (NAMESPACE, chain(5, "crash0"))]
-EVERYTHING = sorted({(namespace, key) for namespace, keys in CHAINS for key in keys})
+SPOILED = chain(2, "after the damage")
+EVERYTHING = sorted({(namespace, key) for namespace, keys in [*CHAINS, (NAMESPACE, SPOILED)] for key in keys})
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -38,6 +40,46 @@ async def live(one: Rig, files: RecordingFiles) -> None:
                 await one.fill(reserved, batch, LENGTH)
                 one.store.release(reserved.token)
             files.mark(_stored(one))
+    await _spoil(one, files)
+
+
+async def _spoil(one: Rig, files: RecordingFiles) -> None:
+    """Damages a block on the disk, lets it be found (it is erased), and writes another one into its slot."""
+    key = min(one.stored(NAMESPACE))
+    path, offset = slot_offset(files.root, key)
+    with path.open("r+b") as file:
+        file.seek(offset + PAGE_BYTES)
+        byte = file.read(1)[0]
+        file.seek(offset + PAGE_BYTES)
+        file.write(bytes([byte ^ 1]))
+    assert await one.get([key], length=LENGTH) == [PartStatus.CORRUPT]
+    files.mark(_stored(one))
+    await one.store.settle()
+    assert await one.put(SPOILED, length=LENGTH) == [PartStatus.OK] * len(SPOILED)
+    files.mark(_stored(one))
+
+
+def step(event: Event) -> str:
+    """What the store was doing, in the words of docs/formats.md, "Writing"."""
+    match event.kind:
+        case "write" if event.data.startswith(SEGMENT_MAGIC):
+            return "segment page"
+        case "write" if event.data.startswith(SLOT_MAGIC):
+            return "slot"
+        case "write" if event.data.startswith(STORE_MAGIC):
+            return "store file"
+        case "write" if not any(event.data):
+            return "erase"
+        case "create" | "rename" | "remove":
+            return f"{event.kind} {Path(event.path).suffix or Path(event.path).name}"
+        case kind:
+            return kind
+
+
+STEPS = {
+    "create .tmp", "allocate", "segment page", "sync", "rename .tmp", "sync_folder",
+    "slot", "erase", "remove .seg", "store file",
+}  # fmt: skip
 
 
 def _offers(keys: list[bytes], start: int, count: int) -> list[BlockMeta]:
@@ -85,6 +127,7 @@ async def test_every_crash_point_keeps_what_was_committed_and_serves_nothing_wro
     async with rig(origin, small(), files=files) as one:
         await live(one, files)
         assert one.store.metrics.evictions and one.store.metrics.segment_evictions
+    assert {step(event) for event in files.events} >= STEPS  # so that there is a crash before and after each of them
     files.close_all()
     damaged = 0
     for crash, seed in itertools.product(range(len(files.events) + 1), range(2)):

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.kvstore.support import (
     LENGTH,
     NAMESPACE,
     OTHER,
+    Clock,
     Rig,
     bytes_on_disk,
     chain,
@@ -296,7 +297,7 @@ async def test_a_full_disk_at_a_write_drops_the_block_and_reading_goes_on(tmp_pa
         assert await one.put(keys) == [Admission.PRESENT, OK, OK]
 
 
-@pytest.mark.parametrize("step", ["allocate", "write", "sync"])
+@pytest.mark.parametrize("step", ["open", "allocate", "write", "sync", "rename", "sync_folder"])
 async def test_a_disk_too_full_for_a_new_segment_leaves_no_trace_of_it(tmp_path: Path, step: str) -> None:
     keys, files = chain(8), FailingFiles()
     async with rig(tmp_path, files=files) as one:
@@ -308,6 +309,66 @@ async def test_a_disk_too_full_for_a_new_segment_leaves_no_trace_of_it(tmp_path:
         assert await one.get(keys) == [payload(key) for key in keys[:4]]
         assert await one.put(chain(2, "new")) == [OK, OK]  # by eviction: the disk isn't asked again at once
         assert len(segment_files(tmp_path)) == 1
+
+
+async def test_a_disk_too_full_for_a_new_namespace_costs_that_namespace_only(tmp_path: Path) -> None:
+    keys, files = chain(3), FailingFiles()
+    async with rig(tmp_path, files=files) as one:
+        await one.put(keys)
+        files.fail["make_folder"] = ENOSPC
+        assert await one.put(keys, namespace=OTHER) == [Admission.DROPPED] * 3
+        files.fail.clear()
+        assert await one.get(keys) == [payload(key) for key in keys]
+
+
+async def test_a_disk_too_full_to_sync_fails_the_block_and_reading_goes_on(tmp_path: Path) -> None:
+    keys, files = chain(3), FailingFiles()
+    async with rig(tmp_path, files=files) as one:
+        await one.put(keys[:1])
+        files.fail["sync"] = ENOSPC
+        assert set((await one.put(keys))[1:]) <= {PartStatus.FULL, FAILED}
+        assert await one.get(keys) == [payload(keys[0])]
+        files.fail.clear()
+        assert await one.put(keys) == [Admission.PRESENT, OK, OK]
+
+
+@pytest.mark.parametrize("fault", [EIO, ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("call", ["write", "sync"])
+async def test_a_bad_block_that_cannot_be_erased_is_a_miss_and_its_slot_is_not_used(
+    tmp_path: Path, call: str, fault: Callable[..., int | None]
+) -> None:
+    keys, files = chain(CAPACITY), FailingFiles()
+    async with rig(tmp_path, files=files) as one:
+        await one.put(keys)
+        path, offset = slot_offset(tmp_path, keys[-1])
+        flip(path, offset + PAGE_BYTES)
+        files.fail[call] = fault
+        assert (await one.get(keys))[-1] is PartStatus.CORRUPT
+        await one.store.settle()
+        files.fail.clear()
+        assert await one.get(keys) == [payload(key) for key in keys[:-1]]
+        assert (await one.put(chain(CAPACITY, "new"))).count(OK) == CAPACITY - 1
+        assert await one.readable(keys[-1:]) == set()
+
+
+async def test_a_clock_that_goes_back_ends_no_lease_and_makes_none_immortal(tmp_path: Path) -> None:
+    keys, clock = chain(2), Clock()
+    async with rig(tmp_path, options(lease_s=10.0), clock=clock) as one:
+        await one.put(keys)
+        found = one.store.lookup(NAMESPACE, keys, 10.0, lease=True)
+        assert found.token is not None
+        clock.now -= 500
+        one.store.sweep()
+        assert one.store.leases.get(found.token) is not None
+        assert await one.get(keys) == [payload(key) for key in keys]
+        one.store.renew(found.token, 10.0)
+        clock.now += 11
+        one.store.sweep()
+        assert one.store.leases.get(found.token) is None
+    clock.now = 1.0
+    async with rig(tmp_path, clock=clock) as one:
+        assert await one.get(keys) == [payload(key) for key in keys]
+        assert await one.put(chain(CAPACITY, "new")) == [OK] * CAPACITY  # the older ones go, whatever the clock says
 
 
 async def test_a_segment_that_cannot_be_removed_still_counts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from common.errors import InvalidRequest, LeaseRejected
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
 from common.transport.client import connect
+from common.transport.frames import Hello, Mode, Op, Transfer, encode
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus, Span
 from common.transport.region import Region
+from services.kvstore.service import SERVICE
 from tests.kvstore.support import MIB, NAMESPACE, ROOT, bytes_on_disk, chain, payload
 
+HELLO = encode(Hello(Mode.INLINE, 0))
 LENGTH = 20_000
 BUDGET = 8 * MIB
 OK = PartStatus.OK
@@ -290,3 +293,103 @@ async def test_a_stranger_on_the_byte_plane_gets_nothing(tmp_path: Path, region:
         assert await transport.read(found.token, whole(2), spans(2), deadline_s=10.0) == [PartStatus.REJECTED] * 2
         await transport.close()
         assert await get(client, region, keys) == 2
+
+
+async def test_leases_that_ran_out_or_are_of_another_life_give_nothing(tmp_path: Path, region: Region) -> None:
+    keys = chain(2)
+    async with running(tmp_path) as (_, client, _):
+        await put(client, region, keys)
+        short, old = await client.lookup(NAMESPACE, keys, 0.001), await client.lookup(NAMESPACE, keys, 60.0)
+        assert short is not None and old is not None
+        transport = await connect(Endpoint(tcp=short.endpoint.tcp), region)
+        async with asyncio.timeout(30):
+            while await transport.read(short.token, whole(2), spans(2), deadline_s=10.0) != [PartStatus.REJECTED] * 2:
+                continue  # until its millisecond is over
+        with pytest.raises(LeaseRejected):
+            await client.renew(short.token, 5.0)
+        assert await transport.read(old.token, whole(2), spans(2), deadline_s=10.0) == [OK, OK]
+        await transport.close()
+    async with running(tmp_path) as (_, client, ready):
+        transport = await connect(Endpoint(tcp=ready["endpoint"]["tcp"]), region)
+        assert await transport.read(old.token, whole(2), spans(2), deadline_s=10.0) == [PartStatus.REJECTED] * 2
+        assert await transport.write(old.token, whole(2), spans(2), deadline_s=10.0) == [PartStatus.REJECTED] * 2
+        with pytest.raises(LeaseRejected):
+            await client.renew(old.token, 5.0)
+        await transport.close()
+        assert await get(client, region, keys) == 2
+
+
+async def test_a_message_over_the_limit_is_refused_and_disturbs_nothing(tmp_path: Path, region: Region) -> None:
+    keys = chain(2)
+    async with running(tmp_path) as (_, client, ready):
+        await put(client, region, keys)
+        async with grpc.aio.insecure_channel(ready["grpc"]) as channel:
+            call = channel.unary_unary(f"/{SERVICE}/Lookup")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(bytes(rpc.MESSAGE_BYTES_MAX + 1), timeout=30)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(b"\xff" * 100, timeout=30)
+            assert "LookupRequest" in caught.value.details()
+        assert await get(client, region, keys) == 2
+
+
+async def test_noise_on_the_byte_plane_ends_its_connection_and_no_other(tmp_path: Path, region: Region) -> None:
+    keys = chain(2)
+    async with running(tmp_path) as (_, client, _ready):
+        await put(client, region, keys)
+        found = await client.lookup(NAMESPACE, keys, 60.0)
+        assert found is not None
+        good = await connect(Endpoint(tcp=found.endpoint.tcp), region)
+        host, _, port = found.endpoint.tcp.rpartition(":")
+        for noise in (
+            b"GET / HTTP/1.1\r\n\r\n" + bytes(64),
+            os.urandom(4096),
+            HELLO + os.urandom(4096),
+            HELLO + b"PSBP" + b"\xff" * 60,
+        ):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(noise)
+            with suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), 30)  # to its end: the store closes it
+            writer.close()
+        assert await good.read(found.token, whole(2), spans(2), deadline_s=10.0) == [OK, OK]
+        await good.close()
+
+
+async def test_a_reader_that_stalls_is_dropped_and_its_buffers_come_back(tmp_path: Path, region: Region) -> None:
+    """It asks for more than sockets hold and never reads: at its deadline (and 2 s) the store lets go."""
+    keys = chain(60)
+    async with running(tmp_path, "--metrics-port", str(port := free_port())) as (_, client, _):
+        await put(client, region, keys)
+        found = await client.lookup(NAMESPACE, keys, 60.0)
+        assert found is not None
+        host, _, tcp_port = found.endpoint.tcp.rpartition(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect((host, int(tcp_port)))
+            parts = tuple(whole(60)) * 40  # 48 MB
+            zeros = (0,) * len(parts)
+            sock.sendall(HELLO + encode(Transfer(Op.READ, 1, found.token, 2000, parts, zeros, zeros)))
+            async with asyncio.timeout(60):
+                while not await gauge(port, "read_buffer_bytes"):
+                    await asyncio.sleep(0.01)  # another process is asked
+                assert await get(client, region, keys[:3]) == 3  # meanwhile others are served
+                while await gauge(port, "read_buffer_bytes"):
+                    await asyncio.sleep(0.05)
+        assert await get(client, region, keys) == 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def gauge(port: int, name: str) -> float:
+    """A metric of the store, as Prometheus reads it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"penstock_kvstore_{name} ")))
