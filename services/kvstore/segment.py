@@ -54,6 +54,7 @@ class Segment:
         self.writable = writable
         self._files = files
         self._fd = fd
+        self._reading_fd = -1
         self._direct = direct
 
     def __repr__(self) -> str:
@@ -97,6 +98,12 @@ class Segment:
         buffers = [into] if tail is None else [into[:whole], tail] if whole else [tail]
         return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check)
 
+    def reading_fd(self) -> int:
+        """A descriptor of the file that can't be written through, for readers in other processes. Raises `OSError`."""
+        if self._reading_fd < 0:
+            self._reading_fd = self._files.open(self.path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+        return self._reading_fd
+
     def slot_write(self, slot: int, image: memoryview) -> Transfer:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
         assert len(image) == self.geometry.slot_bytes
@@ -125,9 +132,10 @@ class Segment:
         self.close()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            self._files.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._reading_fd):
+            if fd >= 0:
+                self._files.close(fd)
+        self._fd = self._reading_fd = -1
 
     def _read(self, buffers: list[memoryview], offset: int) -> None:
         wanted = sum(len(buffer) for buffer in buffers)
