@@ -1,10 +1,12 @@
 """`make bench-store`: the kvstore's disk I/O beside fio, and its service path beside fio and a plain socket.
 
-    python -m loadtest.bench_store [--folder data] [--rounds 3] [--slice-s 0.4] [--sizes 131072,524288,2097152] [--depths 1,8,32]
+    python -m loadtest.bench_store [--folder data] [--rounds 3] [--ramp-s 0.3] [--slice-s 0.4] [--sizes 131072,524288,2097152] [--depths 1,8,32]
 
 fio (Debian's package; nothing is installed here) uses the engine that the kvstore chose, the same block size and
 depth, O_DIRECT, on a file beside the store's. The sides take turns within each round, in changing order, and the
 disk rests as long before the store's slice as it does while fio starts. A ratio is the median over the rounds.
+Before each slice the same load runs uncounted (the ramp): virtual disks let a burst through after a rest, and it is
+what they sustain that is compared. `--ramp-s 0` compares bursts.
 
 - `read`: random blocks, `depth` in flight, each verified and in the caller's memory (loadtest/store/local.py).
 - `write`: durable. fio syncs (fdatasync) after every 8 MiB; the store answers each request of 8 MiB when a sync that
@@ -40,7 +42,7 @@ from services.kvstore.files import direct_io_works
 
 TOTAL_BYTES = 256 << 20  # of each store, and of fio's file
 DEEP = 8  # the depth from which a disk can be kept busy
-Way = Callable[[float], Awaitable[Sample]]
+Way = Callable[[float, float], Awaitable[Sample]]  # ramp and slice, in seconds
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -61,21 +63,23 @@ class Row(msgspec.Struct, frozen=True):
 class Bench:
     """Takes turns between ways and fio."""
 
-    def __init__(self, fio: Fio, rounds: int, slice_s: float) -> None:
+    def __init__(self, fio: Fio, rounds: int, ramp_s: float, slice_s: float) -> None:
         self.rows: list[Row] = []
-        self.fio, self.rounds, self.slice_s = fio, rounds, slice_s
+        self.fio, self.rounds, self.ramp_s, self.slice_s = fio, rounds, ramp_s, slice_s
 
-    async def compare(self, yardstick: Callable[[float], Sample], ways: dict[str, Way], block_bytes: int, depth: int) -> None:
+    async def compare(
+        self, yardstick: Callable[[float, float], Sample], ways: dict[str, Way], block_bytes: int, depth: int
+    ) -> None:
         """Adds a row for each way."""
         samples: dict[str, list[Sample]] = {name: [] for name in (*ways, "fio")}
         for turn in range(self.rounds):
             names = ["fio", *ways]
             for name in reversed(names) if turn % 2 else names:
                 if name == "fio":
-                    samples[name].append(yardstick(self.slice_s))
+                    samples[name].append(yardstick(self.ramp_s, self.slice_s))
                     continue
                 await asyncio.sleep(self.fio.overhead_s)
-                samples[name].append(await ways[name](self.slice_s))
+                samples[name].append(await ways[name](self.ramp_s, self.slice_s))
         for name in ways:
             self.rows.append(_row(name, block_bytes, depth, samples[name], samples["fio"]))
             print(self.rows[-1], file=sys.stderr)
@@ -118,8 +122,8 @@ async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[
         for depth in depths:
             store = LocalStore(folder / f"local-{size}", size, TOTAL_BYTES, depth, io)  # type: ignore[arg-type]
             await store.fill()
-            await bench.compare(lambda s, b=size, d=depth: bench.fio.read(b, d, s), {"read": store.read}, size, depth)  # type: ignore[misc]
-            await bench.compare(lambda s, b=size, d=depth: bench.fio.write(b, d, s), {"write": store.write}, size, depth)  # type: ignore[misc]
+            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.read(b, d, r, s), {"read": store.read}, size, depth)  # type: ignore[misc]
+            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.write(b, d, r, s), {"write": store.write}, size, depth)  # type: ignore[misc]
             await store.close()
 
 
@@ -133,10 +137,10 @@ async def service_rows(bench: Bench, folder: Path, sizes: list[int], depths: lis
         stored = await service.fill(namespace, Blocks(size), TOTAL_BYTES // size)
         for depth in (depth for depth in depths if depth >= DEEP):
             ways: dict[str, Way] = {
-                carrier: lambda s, c=carrier, k=stored, b=size, d=depth: service.read(k, c, b, d, s)  # type: ignore[misc]
+                carrier: lambda r, s, c=carrier, k=stored, b=size, d=depth: service.read(k, c, b, d, r, s)  # type: ignore[misc]
                 for carrier in CARRIERS
             }
-            await bench.compare(lambda s, b=size, d=depth: bench.fio.read(b, d, s), ways, size, depth)  # type: ignore[misc]
+            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.read(b, d, r, s), ways, size, depth)  # type: ignore[misc]
             received.append(plain.receive(bench.slice_s).bytes_per_s)
         await service.client.release(stored.token)
     plain.close()
@@ -147,7 +151,7 @@ async def service_rows(bench: Bench, folder: Path, sizes: list[int], depths: lis
 async def measure(args: argparse.Namespace, folder: Path, engine: str) -> dict[str, object]:
     fio = Fio(folder / "fio", TOTAL_BYTES, engine)
     fio.lay_out()
-    bench = Bench(fio, args.rounds, args.slice_s)
+    bench = Bench(fio, args.rounds, args.ramp_s, args.slice_s)
     await local_rows(bench, folder, args.sizes, args.depths, engine)
     socket_bytes_per_s = await service_rows(bench, folder, args.sizes, args.depths, engine)
     tcp = [row for row in bench.rows if row.path == "tcp"]
@@ -175,6 +179,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data"), help="a folder on the SSD in question")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slice-s", type=float, default=0.4)
+    parser.add_argument("--ramp-s", type=float, default=0.3, help="load before each slice, not counted")
     parser.add_argument("--sizes", type=_numbers, default=[128 << 10, 512 << 10, 2 << 20])
     parser.add_argument("--depths", type=_numbers, default=[1, 8, 32])
     args = parser.parse_args()

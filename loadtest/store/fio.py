@@ -33,17 +33,19 @@ class Fio:
         """Writes the whole file, so that what is measured overwrites, as a store that is full does."""
         self._run("write", 2 << 20, 8, ["--end_fsync=1"])
 
-    def read(self, block_bytes: int, depth: int, seconds: float) -> Sample:
-        return self._sample("randread", block_bytes, depth, seconds, [])
+    def read(self, block_bytes: int, depth: int, ramp_s: float, seconds: float) -> Sample:
+        return self._sample("randread", block_bytes, depth, ramp_s, seconds, [])
 
-    def write(self, block_bytes: int, depth: int, seconds: float) -> Sample:
+    def write(self, block_bytes: int, depth: int, ramp_s: float, seconds: float) -> Sample:
         """Durable: one fdatasync for every BATCH_BYTES, at the same depth as the writes."""
-        return self._sample("write", block_bytes, depth, seconds, [f"--fdatasync={max(1, BATCH_BYTES // block_bytes)}"])
+        every = max(1, BATCH_BYTES // block_bytes)
+        return self._sample("write", block_bytes, depth, ramp_s, seconds, [f"--fdatasync={every}"])
 
-    def _sample(self, pattern: str, block_bytes: int, depth: int, seconds: float, more: list[str]) -> Sample:
+    def _sample(self, pattern: str, block_bytes: int, depth: int, ramp_s: float, seconds: float, more: list[str]) -> Sample:
         began = time.perf_counter()
-        job = self._run(pattern, block_bytes, depth, ["--time_based", f"--runtime={round(1000 * seconds)}ms", *more])
-        self.overhead_s = time.perf_counter() - began - seconds
+        timed = ["--time_based", f"--runtime={round(1000 * seconds)}ms", f"--ramp_time={round(1000 * ramp_s)}ms"]
+        job = self._run(pattern, block_bytes, depth, [*timed, *more])
+        self.overhead_s = max(0.0, time.perf_counter() - began - ramp_s - seconds)
         side = job["read" if "read" in pattern else "write"]
         moved_gib = side["io_bytes"] / GIB
         cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000

@@ -9,15 +9,17 @@ import asyncio
 import random
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.disk.engine import EngineChoice
-from common.storage import Admission
+from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.memory import checksum_of_copy
 from common.transport.region import Region
 from loadtest.store.blocks import NAMESPACE, Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, GIB, Sample
+from loadtest.store.fio import BATCH_BYTES, Sample
+from loadtest.store.slices import Slice
 from services.kvstore.area import StoreArea
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import Geometry
@@ -63,39 +65,39 @@ class LocalStore:
         self.store.close()
         self._region.close()
 
-    async def read(self, seconds: float) -> Sample:
+    async def read(self, ramp_s: float, seconds: float) -> Sample:
         found = self.store.lookup(NAMESPACE, keys(self._chain), LEASE_S, lease=True)
         assert found.token is not None and found.blocks == self.capacity, f"{found.blocks} of {self.capacity} blocks"
-        clock = _Slice(seconds)
+        clock = Slice(ramp_s, seconds, _cpu_s)
         await asyncio.gather(*(self._read_on(clock, found.token, slot) for slot in range(self.depth)))
-        sample = clock.sample(self._block_bytes)
+        sample = clock.sample()
         self.store.release(found.token)
         return sample
 
-    async def _read_on(self, clock: "_Slice", token: LeaseToken, slot: int) -> None:
+    async def _read_on(self, clock: Slice, token: LeaseToken, slot: int) -> None:
         view = self._region.view(Span(slot * self._block_bytes, self._block_bytes))
         while clock.running:
             began = time.perf_counter()
             part = Part(random.randrange(self.capacity), 0, self._block_bytes)
             ((status, _, _),) = await self.area.read(token, [part], [view])
             assert status is PartStatus.OK, status
-            clock.note(began)
+            clock.note(began, self._block_bytes)
 
-    async def write(self, seconds: float) -> Sample:
+    async def write(self, ramp_s: float, seconds: float) -> Sample:
         """Overwrites the coldest slots with new chains."""
         per_request = max(1, BATCH_BYTES // self._block_bytes)
         requests = max(2, -(-2 * self.depth // per_request))
-        clock = _Slice(seconds)
+        clock = Slice(ramp_s, seconds, _cpu_s)
         await asyncio.gather(*(self._write_on(clock, per_request) for _ in range(requests)))
-        return clock.sample(self._block_bytes)
+        return clock.sample()
 
-    async def _write_on(self, clock: "_Slice", count: int) -> None:
+    async def _write_on(self, clock: Slice, count: int) -> None:
         while clock.running:
             began = time.perf_counter()
             await self._write(self.blocks.chain(count))
-            clock.note(began, count)
+            clock.note(began, count * self._block_bytes)
 
-    async def _write(self, chain: list) -> None:  # type: ignore[type-arg]
+    async def _write(self, chain: Sequence[BlockMeta]) -> None:
         reserved = await self.store.reserve(NAMESPACE, chain, LEASE_S)
         assert reserved.token is not None and set(reserved.admissions) == {Admission.ACCEPTED}, reserved.admissions
         parts = [Part(i, 0, self._block_bytes) for i in range(len(chain))]
@@ -107,31 +109,6 @@ class LocalStore:
         statuses = await self.area.commit(reserved.token, parts, buffers, checksums)
         assert set(statuses) == {PartStatus.OK}, statuses
         self.store.release(reserved.token)
-
-
-class _Slice:
-    """Counts what ends until the time is over, and what was begun before."""
-
-    def __init__(self, seconds: float) -> None:
-        self._latencies_s: list[float] = []
-        self._blocks = 0
-        self._cpu_s = _cpu_s()
-        self._began = time.perf_counter()
-        self._until = self._began + seconds
-
-    @property
-    def running(self) -> bool:
-        return time.perf_counter() < self._until
-
-    def note(self, began: float, blocks: int = 1) -> None:
-        self._latencies_s.append(time.perf_counter() - began)
-        self._blocks += blocks
-
-    def sample(self, block_bytes: int) -> Sample:
-        seconds, moved = time.perf_counter() - self._began, self._blocks * block_bytes
-        ordered = sorted(self._latencies_s)
-        p50_s, p99_s = ordered[len(ordered) // 2], ordered[int(0.99 * len(ordered))]
-        return Sample(moved / seconds, p50_s, p99_s, (_cpu_s() - self._cpu_s) / (moved / GIB))
 
 
 def _cpu_s() -> float:

@@ -18,7 +18,8 @@ from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.pool import PeerTransport, PoolPrefer, TransportPool
 from common.transport.region import Region
 from loadtest.store.blocks import Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, GIB, Sample
+from loadtest.store.fio import BATCH_BYTES, Sample
+from loadtest.store.slices import Slice
 
 CARRIERS: tuple[PoolPrefer, ...] = ("extent", "shm", "tcp")
 REQUESTS = 4
@@ -68,24 +69,24 @@ class Service:
         assert stored is not None and stored.blocks == count, stored
         return stored
 
-    async def read(self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, depth: int, seconds: float) -> Sample:
+    async def read(
+        self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, depth: int, ramp_s: float, seconds: float
+    ) -> Sample:
         transport = self._pools[carrier].transport(stored.endpoint)
         requests = min(REQUESTS, depth)
         blocks = depth // requests
-        latencies_s: list[float] = []
-        cpu_s, began = self._cpu_s(), time.perf_counter()
+        clock = Slice(ramp_s, seconds, self._cpu_s)
 
         async def read_on(number: int) -> None:
             spans = [Span((number * blocks + i) * block_bytes, block_bytes) for i in range(blocks)]
-            while time.perf_counter() - began < seconds:
-                latencies_s.append(await _read_once(transport, stored.token, stored.blocks, spans))
+            while clock.running:
+                began = time.perf_counter()
+                await _read_once(transport, stored.token, stored.blocks, spans)
+                clock.note(began, blocks * block_bytes)
 
         await asyncio.gather(*map(read_on, range(requests)))
         assert transport.carrier == carrier, f"read by {transport.carrier}, not by {carrier}"
-        moved = len(latencies_s) * blocks * block_bytes
-        ordered, took_s = sorted(latencies_s), time.perf_counter() - began
-        p50_s, p99_s = ordered[len(ordered) // 2], ordered[int(0.99 * len(ordered))]
-        return Sample(moved / took_s, p50_s, p99_s, (self._cpu_s() - cpu_s) / (moved / GIB))
+        return clock.sample()
 
     async def close(self) -> None:
         for pool in self._pools.values():
@@ -102,9 +103,7 @@ class Service:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + time.process_time()
 
 
-async def _read_once(transport: PeerTransport, token: LeaseToken, stored: int, spans: list[Span]) -> float:
-    began = time.perf_counter()
+async def _read_once(transport: PeerTransport, token: LeaseToken, stored: int, spans: list[Span]) -> None:
     parts = [Part(random.randrange(stored), 0, span.length) for span in spans]
     statuses = await transport.read(token, parts, spans, deadline_s=DEADLINE_S)
     assert set(statuses) == {PartStatus.OK}, statuses
-    return time.perf_counter() - began
