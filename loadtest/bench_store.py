@@ -54,8 +54,8 @@ class Row(msgspec.Struct, frozen=True):
     gb_per_s: float
     fio_gb_per_s: float
     over_fio: float
-    p50_over_fio: float
-    p99_over_fio: float
+    p50_over_fio: float | None  # of writes there is none: fio's end before they are durable
+    p99_over_fio: float | None
     cpu_s_per_gib: float
     fio_cpu_s_per_gib: float
 
@@ -110,8 +110,8 @@ def _row(path: str, block_bytes: int, depth: int, ours: list[Sample], fio: list[
         round(median(ours, "bytes_per_s") / 1e9, 2),
         round(median(fio, "bytes_per_s") / 1e9, 2),
         ratio("bytes_per_s"),
-        ratio("p50_s"),
-        ratio("p99_s"),
+        None if path == "write" else ratio("p50_s"),
+        None if path == "write" else ratio("p99_s"),
         round(median(ours, "cpu_s_per_gib"), 3),
         round(median(fio, "cpu_s_per_gib"), 3),
     )

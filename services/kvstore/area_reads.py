@@ -111,7 +111,10 @@ class Reads:
             return
         waits = any(not target.buffer_bytes for target in targets)
         try:
-            await asyncio.wait([batch.done], timeout=None if waits else self._deadline_s)
+            if waits:
+                await asyncio.shield(batch.done)
+            else:
+                await asyncio.wait([batch.done], timeout=self._deadline_s)
         except asyncio.CancelledError:
             self._store.readers.abandon(batch)
             if waits:
