@@ -14,7 +14,7 @@ STAMP := $(VENV)/.penstock-installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup up down status test lint lock load clean
-.PHONY: bench-serve bench-dualpath bench-store-peers
+.PHONY: bench-serve bench-dualpath bench-store bench-store-peers
 
 help:  ## list these commands
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-serve: $(STAMP)  ## benchmark serving against transformers.generate; one J
 
 bench-dualpath: $(STAMP)  ## measure every route over shaped links in network namespaces; root; one JSON line
 	@exec "$(BIN)/python" -m loadtest.dualpath $(ARGS)
+
+bench-store: $(STAMP)  ## the kvstore's disk I/O beside fio (which must be installed); one JSON line
+	@exec "$(BIN)/python" -m loadtest.bench_store $(ARGS)
 
 bench-store-peers: $(STAMP)  ## the kvstore beside LMCache's and Mooncake's SSD tiers (installed apart); one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_store_peers $(ARGS)

@@ -1,8 +1,7 @@
 """Page-aligned memory, as direct I/O wants it."""
 
+import ctypes
 import mmap
-
-import numpy as np
 
 PAGE_BYTES = 4096  # the largest logical block size of common SSDs, and the memory page
 
@@ -13,5 +12,5 @@ def aligned(length: int) -> memoryview:
 
 
 def address(view: memoryview) -> int:
-    """Where a non-empty view's bytes lie."""
-    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
+    """Where a non-empty, writable view's bytes lie."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

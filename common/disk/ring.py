@@ -24,9 +24,6 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-import numpy as np
-import numpy.typing as npt
-
 from common.disk.pages import PAGE_BYTES, aligned
 
 ENTRIES_MAX = 4096
@@ -115,8 +112,8 @@ class Ring:
         self._place(_SQE.pack(Opcode.FSYNC, 0, 0, fd, 0, 0, 0, _FSYNC_DATASYNC, tag), tag, ())
 
     def _move(self, single: Opcode, several: Opcode, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-        pins: list[npt.NDArray[np.uint8]] = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
-        starts = [int(pin.__array_interface__["data"][0]) for pin in pins]
+        pins = [ctypes.c_char.from_buffer(buffer) for buffer in buffers]
+        starts = [ctypes.addressof(pin) for pin in pins]
         if len(buffers) == 1:
             self._place(_SQE.pack(single, 0, 0, fd, offset, starts[0], len(buffers[0]), 0, tag), tag, (pins,))
             return

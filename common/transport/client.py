@@ -11,7 +11,7 @@ from common.transport.connection import Connection
 from common.transport.conversation import Listener, Role
 from common.transport.frames import Goodbye, Hello, Mode, ProtocolError, Welcome, encode
 from common.transport.grpc_carrier import open_grpc
-from common.transport.interface import Endpoint
+from common.transport.interface import EXTENT_FILES_MAX, Endpoint
 from common.transport.region import Region
 from common.transport.server import prepare_tcp
 from common.transport.streams import ByteStream, SocketStream, next_event
@@ -55,7 +55,7 @@ async def _connect_shm(path: str, region: Region) -> Connection:
     except BaseException:
         sock.close()
         raise
-    return await _handshake("shm", Mode.REGION, SocketStream(sock), region)
+    return await _handshake("shm", Mode.REGION, SocketStream(sock, fds_max=EXTENT_FILES_MAX), region)
 
 
 async def _connect_tcp(address: str, region: Region) -> Connection:

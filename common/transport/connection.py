@@ -31,8 +31,10 @@ from common.transport.counters import Counters
 from common.transport.frames import (
     DEADLINE_MS_MAX,
     Cancel,
+    Extents,
     Goodbye,
     Mode,
+    Offers,
     Op,
     ProtocolError,
     Reply,
@@ -41,6 +43,7 @@ from common.transport.frames import (
     encode,
 )
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
+from common.transport.located import Located
 from common.transport.memory import crc32c_in_turns
 from common.transport.pending import Pending, check_reply, plan
 from common.transport.region import Region
@@ -59,10 +62,12 @@ class Connection:
     ) -> None:
         self.carrier = carrier
         self.epoch = welcome.epoch
+        self.offers = welcome.offers
         self.counters = Counters()
         self._mode, self._stream, self._listener, self._region = mode, stream, listener, region
         self._budget = Budget(welcome.requests_max, welcome.bytes_max)
         self._pending: dict[int, Pending] = {}
+        self._locating: dict[int, asyncio.Future[Located]] = {}
         self._numbers = 0
         self._outbox: deque[tuple[list[Bytes], Pending | None]] = deque()
         self._outbox_filled = asyncio.Event()
@@ -87,6 +92,24 @@ class Connection:
         self, token: LeaseToken, parts: Sequence[Part], source: Sequence[Span], *, deadline_s: float
     ) -> list[PartStatus]:
         return await self._transfer(Op.WRITE, token, parts, source, deadline_s)
+
+    async def locate(self, token: LeaseToken, parts: Sequence[Part], *, deadline_s: float) -> Located:
+        """Where parts lie, if the peer offers EXTENTS. Raises `TransferFailed`, `TimeoutError`. Close the result."""
+        assert self.offers & Offers.EXTENTS
+        if self._ended:
+            raise TransferFailed(self._ended)
+        self._numbers += 1
+        number = self._numbers
+        located = self._locating[number] = asyncio.get_running_loop().create_future()
+        none = (0,) * len(parts)
+        deadline_ms = max(1, min(int(1000 * deadline_s), DEADLINE_MS_MAX))
+        self._post([encode(Transfer(Op.LOCATE, number, token, deadline_ms, tuple(parts), none, none))], None)
+        try:
+            async with asyncio.timeout(deadline_s):
+                answer: Located = await located
+                return answer
+        finally:
+            self._locating.pop(number, None)
 
     async def close(self) -> None:
         """Ends the connection; requests in flight end as FAILED. Idempotent."""
@@ -238,6 +261,9 @@ class Connection:
             await self._stream.close()
             for pending in list(self._pending.values()):
                 self._settle(pending)
+            for located in self._locating.values():
+                if not located.done():
+                    located.set_exception(TransferFailed(self._ended))
 
     async def _hear_out(self) -> None:
         """Mode REGION: waits for the server's end-of-stream; without it, our memory stays held for good."""
@@ -273,9 +299,19 @@ class Connection:
             match event:
                 case Reply():
                     await self._receive_reply(event)
+                case Extents():
+                    self._receive_extents(event)
                 case Goodbye(reason, text):
                     self._end(f"the peer said goodbye: {reason.name}: {text}")
             await asyncio.sleep(0)
+
+    def _receive_extents(self, event: Extents) -> None:
+        answer = Located(event, self._stream.take_fds())
+        located = self._locating.pop(event.request, None)
+        if located is None or located.done():
+            answer.close()  # nobody waits any more
+        else:
+            located.set_result(answer)
 
     async def _receive_reply(self, reply: Reply) -> None:
         pending = self._pending.get(reply.request)

@@ -29,13 +29,13 @@ class State(Enum):
 NEXT: dict[Role, dict[State, dict[Op, State]]] = {
     Role.SERVER: {
         State.NEW: {Op.HELLO: State.OPEN},
-        State.OPEN: {Op.READ: State.OPEN, Op.WRITE: State.OPEN, Op.CANCEL: State.OPEN},
+        State.OPEN: {Op.READ: State.OPEN, Op.WRITE: State.OPEN, Op.LOCATE: State.OPEN, Op.CANCEL: State.OPEN},
         State.CLOSING: {},  # a draining server answers requests as failed and stays OPEN
     },
     Role.CLIENT: {
         State.NEW: {Op.WELCOME: State.OPEN, Op.GOODBYE: State.CLOSING},
-        State.OPEN: {Op.REPLY: State.OPEN, Op.GOODBYE: State.CLOSING},
-        State.CLOSING: {Op.REPLY: State.CLOSING},
+        State.OPEN: {Op.REPLY: State.OPEN, Op.EXTENTS: State.OPEN, Op.GOODBYE: State.CLOSING},
+        State.CLOSING: {Op.REPLY: State.CLOSING, Op.EXTENTS: State.CLOSING},
     },
 }
 

@@ -6,9 +6,12 @@ A frame is a fixed header, a body that the header sizes, and a payload that only
     header (40 bytes)  magic "PSBP" | version u8 | op u8 | count u16 | request u64 | deadline_ms u32
                        | body_bytes u32 | payload_bytes u64 | zero u32 | crc32c u32
     HELLO    body      mode u32 | zero u32 | region_bytes u64         (the memfd rides along as SCM_RIGHTS)
-    WELCOME  body      epoch 16s | requests_max u32 | zero u32 | bytes_max u64
+    WELCOME  body      epoch 16s | requests_max u32 | offers u32 | bytes_max u64
     READ     body      token 16s | count × part                       a READ has no payload
     WRITE    body      token 16s | count × part                       payload: the parts' bytes, in order
+    LOCATE   body      as of a READ
+    EXTENTS  body      count × (status u8, zero 3s, crc32c u32, file u32, zero u32, offset u64)
+                                                                      (the files ride along as SCM_RIGHTS, [0] first)
     REPLY    body      count × (status u8, zero 3s, crc32c u32)       payload: of a READ, the OK parts' bytes
     CANCEL   body      empty                                          the request is still replied to
     GOODBYE  body      reason u32 | UTF-8 text                        nothing more will be answered
@@ -23,12 +26,12 @@ sends the bytes. Every length is bounded before anything is allocated; whatever 
 
 import struct
 from collections.abc import Callable, Sequence
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import msgspec
 
 from common.errors import PenstockError
-from common.transport.interface import PARTS_MAX, TOKEN_BYTES, LeaseToken, Part, PartStatus
+from common.transport.interface import EXTENT_FILES_MAX, PARTS_MAX, TOKEN_BYTES, LeaseToken, Part, PartStatus
 from common.transport.memory import crc32c
 
 MAGIC = b"PSBP"
@@ -44,6 +47,7 @@ _HELLO = struct.Struct("<IIQ")
 _WELCOME = struct.Struct("<16sIIQ")
 _PART = struct.Struct("<IIQQQ")
 _RESULT = struct.Struct("<B3sI")
+_EXTENT = struct.Struct("<B3sIIIQ")
 _REASON = struct.Struct("<I")
 HEADER_BYTES = _COVERED.size + _CRC.size
 BODY_BYTES_MAX = TOKEN_BYTES + PARTS_MAX * _PART.size
@@ -61,6 +65,15 @@ class Op(IntEnum):
     REPLY = 5
     CANCEL = 6
     GOODBYE = 7
+    LOCATE = 8
+    EXTENTS = 9
+
+
+class Offers(IntFlag):
+    """What a server can do beyond READ and WRITE. A client ignores what it doesn't know."""
+
+    NOTHING = 0
+    EXTENTS = 1  # LOCATE
 
 
 class Mode(IntEnum):
@@ -89,10 +102,11 @@ class Welcome(msgspec.Struct, frozen=True):
     epoch: bytes
     requests_max: int
     bytes_max: int
+    offers: Offers = Offers.NOTHING
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """A READ or a WRITE. `checksums` are zero in a READ; `spans` are zero in mode INLINE.
+    """A READ, a WRITE or a LOCATE. `checksums` are zero but in a WRITE; `spans` are zero in mode INLINE.
 
     `payload_bytes`: of the WRITE's payload that follows the frame; zero in mode REGION.
     """
@@ -118,6 +132,16 @@ class Reply(msgspec.Struct, frozen=True):
     payload_bytes: int = 0
 
 
+class Extents(msgspec.Struct, frozen=True):
+    """The answer to a LOCATE: per part its status and, if that is OK, checksum, number of its file, and offset there."""
+
+    request: int
+    statuses: tuple[PartStatus, ...]
+    checksums: tuple[int, ...]
+    files: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
 class Cancel(msgspec.Struct, frozen=True):
     request: int
 
@@ -127,7 +151,7 @@ class Goodbye(msgspec.Struct, frozen=True):
     text: str
 
 
-Event = Hello | Welcome | Transfer | Reply | Cancel | Goodbye
+Event = Hello | Welcome | Transfer | Extents | Reply | Cancel | Goodbye
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -145,13 +169,17 @@ def encode(event: Event) -> bytes:
     match event:
         case Hello(mode, region_bytes):
             return _frame(Op.HELLO, _HELLO.pack(mode, 0, region_bytes))
-        case Welcome(epoch, requests_max, bytes_max):
-            return _frame(Op.WELCOME, _WELCOME.pack(epoch, requests_max, 0, bytes_max))
+        case Welcome(epoch, requests_max, bytes_max, offers):
+            return _frame(Op.WELCOME, _WELCOME.pack(epoch, requests_max, offers, bytes_max))
         case Transfer(op, request, token, deadline_ms, parts, checksums, spans, payload_bytes):
             return _frame(op, token + _pack_parts(parts, checksums, spans), len(parts), request, deadline_ms, payload_bytes)
         case Reply(request, statuses, checksums, payload_bytes):
             body = b"".join(_RESULT.pack(s, b"\0\0\0", c) for s, c in zip(statuses, checksums, strict=True))
             return _frame(Op.REPLY, body, len(statuses), request, payload_bytes=payload_bytes)
+        case Extents(request, statuses, checksums, files, offsets):
+            rows = zip(statuses, checksums, files, offsets, strict=True)
+            body = b"".join(_EXTENT.pack(s, b"\0\0\0", c, file, 0, offset) for s, c, file, offset in rows)
+            return _frame(Op.EXTENTS, body, len(statuses), request)
         case Cancel(request):
             return _frame(Op.CANCEL, b"", request=request)
         case Goodbye(reason, text):
@@ -201,12 +229,14 @@ def decode_body(header: Header, body: bytes) -> Event:
                 raise ProtocolError(f"mode {mode}: expected {Mode.INLINE} or {Mode.REGION}")
             return Hello(Mode(mode), region_bytes)
         case Op.WELCOME:
-            epoch, requests_max, _, bytes_max = _WELCOME.unpack(body)
+            epoch, requests_max, offers, bytes_max = _WELCOME.unpack(body)
             if not requests_max or bytes_max < REQUEST_BYTES_MAX:
                 raise ProtocolError(f"limits {requests_max}, {bytes_max}: expected at least 1 and {REQUEST_BYTES_MAX}")
-            return Welcome(epoch, requests_max, bytes_max)
-        case Op.READ | Op.WRITE:
+            return Welcome(epoch, requests_max, bytes_max, Offers(offers & Offers.EXTENTS))
+        case Op.READ | Op.WRITE | Op.LOCATE:
             return _decode_transfer(header, body)
+        case Op.EXTENTS:
+            return _decode_extents(header, body)
         case Op.REPLY:
             return _decode_reply(header, body)
         case Op.CANCEL:
@@ -224,7 +254,7 @@ def _decode_transfer(header: Header, body: bytes) -> Transfer:
     total = sum(part.length for part in parts)
     if not parts or not all(part.length for part in parts):
         raise ProtocolError(f"{header.op.name} of {len(parts)} parts, {total} bytes: expected parts, each of at least one byte")
-    _at_most("bytes of a request", total, REQUEST_BYTES_MAX)
+    _at_most("bytes of a request", total if header.op is not Op.LOCATE else 0, REQUEST_BYTES_MAX)  # a LOCATE moves none
     if header.payload_bytes not in (0, total):
         raise ProtocolError(f"payload_bytes {header.payload_bytes}: expected the parts' {total}, or 0")
     return Transfer(
@@ -239,13 +269,26 @@ def _decode_transfer(header: Header, body: bytes) -> Transfer:
     )
 
 
-def _decode_reply(header: Header, body: bytes) -> Reply:
-    rows = list(_RESULT.iter_unpack(body))
+def _decode_extents(header: Header, body: bytes) -> Extents:
+    rows = list(_EXTENT.iter_unpack(body))
+    for row in rows:
+        _at_most("file", row[3], EXTENT_FILES_MAX - 1)
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 6
+    return Extents(header.request, _statuses(columns[0]), columns[2], columns[3], columns[5])
+
+
+def _statuses(numbers: Sequence[int]) -> tuple[PartStatus, ...]:
     try:
-        statuses = tuple(PartStatus(status) for status, _, _ in rows)
+        return tuple(map(PartStatus, numbers))
     except ValueError as error:
         raise ProtocolError(f"part status: {error}") from error
-    return Reply(header.request, statuses, tuple(crc for _, _, crc in rows), header.payload_bytes)
+
+
+def _decode_reply(header: Header, body: bytes) -> Reply:
+    rows = list(_RESULT.iter_unpack(body))
+    return Reply(
+        header.request, _statuses([status for status, _, _ in rows]), tuple(crc for _, _, crc in rows), header.payload_bytes
+    )
 
 
 def _at_most(name: str, value: int, limit: int) -> None:
@@ -263,6 +306,8 @@ _BODY_BYTES: dict[Op, Callable[[int], tuple[int, int]]] = {
     Op.WELCOME: lambda count: (_WELCOME.size, _WELCOME.size),
     Op.READ: _table,
     Op.WRITE: _table,
+    Op.LOCATE: _table,
+    Op.EXTENTS: lambda count: (count * _EXTENT.size,) * 2,
     Op.REPLY: lambda count: (count * _RESULT.size,) * 2,
     Op.CANCEL: lambda count: (0, 0),
     Op.GOODBYE: lambda count: (_REASON.size, _REASON.size + TEXT_BYTES_MAX),

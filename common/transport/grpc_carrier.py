@@ -111,6 +111,9 @@ class GrpcStream:
         self.received_bytes += len(message)
         return message
 
+    def take_fds(self) -> list[int]:
+        return []
+
     async def send(self, pieces: Sequence[Bytes]) -> None:
         """Small pieces share a message, large ones are cut."""
         small: list[tuple[Bytes, int]] = []

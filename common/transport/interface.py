@@ -13,13 +13,14 @@ A transfer:
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NewType, Protocol
+from typing import NewType, Protocol, runtime_checkable
 
 import msgspec
 
 LeaseToken = NewType("LeaseToken", bytes)  # 16 random bytes; unguessable, so it is also the right
 TOKEN_BYTES = 16
 PARTS_MAX = 4096  # per request
+EXTENT_FILES_MAX = 64  # files of one answer with extents; the kernel takes 253 descriptors at once (SCM_MAX_FD)
 
 
 class PartStatus(IntEnum):
@@ -61,6 +62,17 @@ class Endpoint(msgspec.Struct, frozen=True):
     shm: str = ""
     tcp: str = ""
     grpc: str = ""
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """Where a part's bytes lie on disk: bytes `[offset, offset + part.length)` of a file open for reading.
+
+    True while the lease lives. The checksum is of the part's bytes: a reader that is late finds other bytes.
+    """
+
+    fd: int
+    offset: int
+    checksum: int
 
 
 class Transport(Protocol):
@@ -121,4 +133,13 @@ class Area(Protocol):
 
     def abort(self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview]) -> None:
         """The bytes will not come: what the buffers hold is not to be used."""
+        ...
+
+
+@runtime_checkable
+class ExtentArea(Protocol):
+    """An `Area` on disk, whose readers on the same host may read the disk themselves."""
+
+    def locate(self, token: LeaseToken, parts: Sequence[Part]) -> list[Extent | PartStatus]:
+        """Where each part lies, or why that isn't said: then `read` it. The descriptors stay the area's."""
         ...

@@ -7,16 +7,22 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Literal
 
+from common.disk.engine import Engine, Machine, open_engine
 from common.errors import Unavailable
 from common.transport.client import Prefer, connect
 from common.transport.connection import Connection
 from common.transport.counters import Counters
-from common.transport.frames import Op
+from common.transport.extents import ExtentTransport
+from common.transport.frames import Offers, Op
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus, Span
 from common.transport.region import Region
 
 log = logging.getLogger(__name__)
+DISK_READS = 32  # at once, of extents
+DISK_READS_PENDING_MAX = 65_536
+PoolPrefer = Prefer | Literal["extent"]
 
 
 class TransportPool:
@@ -26,7 +32,7 @@ class TransportPool:
         self,
         region: Region,
         *,
-        prefer: Prefer = "auto",
+        prefer: PoolPrefer = "auto",
         connect_s: float = 5.0,
         connections_per_peer: int = 1,
         peers_max: int = 256,
@@ -36,6 +42,7 @@ class TransportPool:
         self._peers: OrderedDict[Endpoint, PeerTransport] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._disk: Engine | None = None  # for extents, made when first offered some
 
     def transport(self, endpoint: Endpoint) -> "PeerTransport":
         """The peer's transport. Keep it as long as you like: a dropped connection is made anew when next used."""
@@ -57,17 +64,25 @@ class TransportPool:
         self._peers.clear()
         while self._closing:
             await asyncio.wait(self._closing)
+        if self._disk is not None:
+            await asyncio.to_thread(self._disk.close)
 
     def _close_later(self, peer: "PeerTransport") -> None:
         task = asyncio.get_running_loop().create_task(peer.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def open(self, endpoint: Endpoint) -> Connection:
-        """A new connection. Raises `Unavailable`."""
+    async def open(self, endpoint: Endpoint) -> "PooledTransport":
+        """A new connection; one that offers extents is read by them, unless shm was asked for. Raises `Unavailable`."""
         if self._closed:
             raise Unavailable("byte plane: the transport pool is closed")
-        return await connect(endpoint, self._region, prefer=self._prefer, timeout_s=self._connect_s)
+        prefer = "shm" if self._prefer == "extent" else self._prefer
+        connection = await connect(endpoint, self._region, prefer=prefer, timeout_s=self._connect_s)
+        if self._prefer not in ("auto", "extent") or not connection.offers & Offers.EXTENTS:
+            return connection
+        if self._disk is None:
+            self._disk = open_engine(Machine(), "auto", label="extents", depth=DISK_READS, pending_max=DISK_READS_PENDING_MAX)
+        return ExtentTransport(connection, self._region, self._disk)
 
     @property
     def connections_per_peer(self) -> int:
@@ -77,16 +92,19 @@ class TransportPool:
         return f"TransportPool({list(self._peers.values())})"
 
 
+PooledTransport = Connection | ExtentTransport
+
+
 class PeerTransport:
     """A `Transport` that connects by itself."""
 
     def __init__(self, pool: TransportPool, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.carrier = ""  # of the newest connection; empty before the first
+        self.carrier = ""  # of the newest transfer; empty before the first
         self.counters = Counters()
         self.last_error = ""  # why the last attempt to connect failed
         self._pool = pool
-        self._connections: list[Connection] = []
+        self._connections: list[PooledTransport] = []
         self._connecting = asyncio.Lock()
         self._users = 0
 
@@ -123,6 +141,7 @@ class PeerTransport:
             transfer = connection.read if op is Op.READ else connection.write
             with flow.transfer():
                 statuses = await transfer(token, parts, spans, deadline_s=deadline - clock())
+            self.carrier = connection.carrier
         except TimeoutError:
             statuses = [PartStatus.EXPIRED] * len(parts)
         except Unavailable as error:
@@ -135,7 +154,7 @@ class PeerTransport:
         flow.count(statuses, [part.length for part in parts])
         return statuses
 
-    async def _connection(self) -> Connection:
+    async def _connection(self) -> PooledTransport:
         """The least loaded usable connection; a new one while there are fewer than allowed and all are in use."""
         best = self._best()
         if best is not None:
@@ -147,10 +166,10 @@ class PeerTransport:
             await self._bury()
             connection = await self._pool.open(self.endpoint)
             self._connections.append(connection)
-            self.carrier, self.last_error = connection.carrier, ""
+            self.last_error = ""
             return connection
 
-    def _best(self) -> Connection | None:
+    def _best(self) -> PooledTransport | None:
         usable = [connection for connection in self._connections if connection.usable]
         best = min(usable, key=lambda connection: connection.in_flight_bytes, default=None)
         if best is not None and (not best.in_flight_bytes or len(usable) >= self._pool.connections_per_peer):

@@ -63,7 +63,7 @@ class BytesServer:
             if self.reception.full or self.reception.draining:
                 turn_away(sock, Reason.DRAINING if self.reception.draining else Reason.FULL)
             elif listener.family == socket.AF_UNIX:
-                self.reception.start(_serve_shm(SocketStream(sock), self.reception))
+                self.reception.start(_serve_shm(SocketStream(sock, fds_max=1), self.reception))
             else:
                 prepare_tcp(sock)
                 self.reception.start(Session(SocketStream(sock), self.reception).run())
@@ -120,11 +120,12 @@ def turn_away(sock: socket.socket, reason: Reason) -> None:
 
 async def _serve_shm(stream: SocketStream, reception: Reception) -> None:
     listener = Listener(Role.SERVER)
-    fds: list[int] = []
+    fds: list[int] = []  # the region's
     region: RemoteRegion | None = None
     try:
         async with asyncio.timeout(reception.limits.body_s):
-            hello = await _receive_hello(stream, listener, fds)
+            hello = await _receive_hello(stream, listener)
+            fds = stream.take_fds()
             if hello.mode is not Mode.REGION or len(fds) != 1:
                 raise ProtocolError(f"HELLO in mode {hello.mode.name} with {len(fds)} descriptors: expected REGION with one")
             region = RemoteRegion.map(fds[0], hello.region_bytes)
@@ -138,12 +139,13 @@ async def _serve_shm(stream: SocketStream, reception: Reception) -> None:
         if region is None:
             await stream.close()
     if region is not None:
-        await Session(stream, reception, region, listener=listener).run(hello)
+        stream.fds_max = 0  # nothing more is to come
+        await Session(stream, reception, region, listener=listener, passes_fds=stream).run(hello)
 
 
-async def _receive_hello(stream: SocketStream, listener: Listener, fds: list[int]) -> Hello:
+async def _receive_hello(stream: SocketStream, listener: Listener) -> Hello:
     header = bytearray(listener.need)
-    await stream.receive(memoryview(header), len(header), fds)
+    await stream.receive(memoryview(header), len(header))
     listener.feed(bytes(header))
     body = bytearray(listener.need)
     await stream.receive(memoryview(body), len(body))

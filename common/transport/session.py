@@ -18,12 +18,14 @@ from typing import Any
 from common.errors import InvalidRequest, TransferFailed
 from common.transport.budget import Budget
 from common.transport.conversation import Listener, Role
+from common.transport.extent_desk import ExtentDesk
 from common.transport.frames import (
     Cancel,
     Event,
     Goodbye,
     Hello,
     Mode,
+    Offers,
     Op,
     ProtocolError,
     Reason,
@@ -32,11 +34,11 @@ from common.transport.frames import (
     Welcome,
     encode,
 )
-from common.transport.interface import PartStatus
+from common.transport.interface import ExtentArea, PartStatus
 from common.transport.reception import Reception
 from common.transport.region import RemoteRegion
 from common.transport.requests import IncomingWrite, ReadResult, read_area
-from common.transport.streams import Bytes, ByteStream, discard, next_event
+from common.transport.streams import Bytes, ByteStream, SocketStream, discard, next_event
 
 log = logging.getLogger(__name__)
 Outcome = list[PartStatus]
@@ -46,12 +48,20 @@ class Session:
     """One connection of one client. `run` ends when the connection has."""
 
     def __init__(
-        self, stream: ByteStream, reception: Reception, region: RemoteRegion | None = None, *, listener: Listener | None = None
+        self,
+        stream: ByteStream,
+        reception: Reception,
+        region: RemoteRegion | None = None,
+        *,
+        listener: Listener | None = None,
+        passes_fds: SocketStream | None = None,
     ) -> None:
+        """`passes_fds`: the stream, where descriptors can go along; an area on disk then offers extents."""
         limits = reception.limits
         self.ended = asyncio.Event()
         self._stream, self._reception, self._region = stream, reception, region
         self._area, self._limits, self._counters = reception.area, limits, reception.counters
+        self._extents = ExtentDesk(reception.area, passes_fds) if passes_fds and isinstance(reception.area, ExtentArea) else None
         self._listener = listener or Listener(Role.SERVER)
         self._budget = Budget(limits.requests_max, limits.bytes_max)
         self._sending = asyncio.Lock()
@@ -101,10 +111,17 @@ class Session:
             await self._farewell(Goodbye(reason, f"at most {self._limits.connections_max} connections"))
             raise TransferFailed("turned away")
         async with self._sending:
-            await self._send([encode(Welcome(self._reception.epoch, self._limits.requests_max, self._limits.bytes_max))])
+            offers = Offers.EXTENTS if self._extents is not None else Offers.NOTHING
+            welcome = Welcome(self._reception.epoch, self._limits.requests_max, self._limits.bytes_max, offers)
+            await self._send([encode(welcome)])
 
     async def _handle(self, event: Event) -> None:
         match event:
+            case Transfer(op=Op.LOCATE):
+                if self._extents is None:
+                    raise ProtocolError("LOCATE: expected READ, as this server offers no extents here")
+                async with asyncio.timeout(self._limits.stall_s), self._sending:
+                    await self._extents.answer(event)
             case Transfer():
                 deadline = asyncio.get_running_loop().time() + min(event.deadline_ms / 1000, self._limits.deadline_s_max)
                 spans = self._spans(event)

@@ -9,6 +9,7 @@ sent from it goes out as zeros (its checksum then doesn't match), and the framin
 """
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -37,6 +38,10 @@ class ByteStream(Protocol):
 
     async def send(self, pieces: Sequence[Bytes]) -> None:
         """Sends all bytes of all pieces. One sender at a time. Raises `TransferFailed`."""
+        ...
+
+    def take_fds(self) -> list[int]:
+        """The descriptors that came with what was received; they are the caller's now."""
         ...
 
     def finish(self) -> None:
@@ -76,10 +81,16 @@ async def discard(stream: ByteStream, length: int) -> None:
 
 
 class SocketStream:
-    """A connected, non-blocking stream socket."""
+    """A connected, non-blocking stream socket.
 
-    def __init__(self, sock: socket.socket) -> None:
+    On a unix socket, up to `fds_max` descriptors may come with a piece; `take_fds` gives what has come. More
+    than that the kernel drops.
+    """
+
+    def __init__(self, sock: socket.socket, fds_max: int = 0) -> None:
         sock.setblocking(False)
+        self.fds_max = fds_max
+        self.fds: list[int] = []
         self.received_bytes = 0
         self.ended = False
         self._sock = sock
@@ -88,9 +99,12 @@ class SocketStream:
         self._waiting: set[asyncio.Future[None]] = set()
         self._over = False
 
-    async def receive(self, into: memoryview, length: int, fds: list[int] | None = None) -> bool:
-        """As in `ByteStream`. A descriptor that comes along (unix sockets) is added to `fds`, else the kernel drops it."""
-        task = _Receive(self, self._sock, into, length, fds)
+    def take_fds(self) -> list[int]:
+        fds, self.fds = self.fds, []
+        return fds
+
+    async def receive(self, into: memoryview, length: int) -> bool:
+        task = _Receive(self, self._sock, into, length)
         try:
             await self._until(task.turn, self._loop.add_reader, self._loop.remove_reader)
         except TransferFailed:
@@ -98,8 +112,9 @@ class SocketStream:
             raise
         return not task.taken_back
 
-    async def send(self, pieces: Sequence[Bytes]) -> None:
-        task = _Send(self._sock, pieces)
+    async def send(self, pieces: Sequence[Bytes], fds: Sequence[int] = ()) -> None:
+        """As in `ByteStream`. On a unix socket, `fds` go along with the first byte."""
+        task = _Send(self._sock, pieces, fds)
         await self._until(task.turn, self._loop.add_writer, self._loop.remove_writer)
 
     async def _until(
@@ -155,13 +170,15 @@ class SocketStream:
     async def close(self) -> None:
         self.abort()
         self._sock.close()
+        for fd in self.take_fds():
+            os.close(fd)
 
 
 class _Receive:
     """Fills one buffer, a few system calls at a time."""
 
-    def __init__(self, stream: SocketStream, sock: socket.socket, into: memoryview, length: int, fds: list[int] | None) -> None:
-        self._stream, self._sock, self._into, self._length, self._fds = stream, sock, into, length, fds
+    def __init__(self, stream: SocketStream, sock: socket.socket, into: memoryview, length: int) -> None:
+        self._stream, self._sock, self._into, self._length = stream, sock, into, length
         self.done = 0
         self.taken_back = False
 
@@ -170,7 +187,7 @@ class _Receive:
             if self.done == self._length:
                 return True
             try:
-                got = self._sock.recv_into(self._target()) if self._fds is None else self._receive_fds(self._fds)
+                got = self._receive_with_fds() if self._stream.fds_max else self._sock.recv_into(self._target())
             except (BlockingIOError, InterruptedError):
                 return False
             if not got:
@@ -179,12 +196,12 @@ class _Receive:
             self._stream.received_bytes += got
         return self.done == self._length
 
-    def _receive_fds(self, fds: list[int]) -> int:
-        room = socket.CMSG_LEN(struct.calcsize("i"))  # for one: the kernel closes what doesn't fit
+    def _receive_with_fds(self) -> int:
+        room = socket.CMSG_LEN(self._stream.fds_max * struct.calcsize("i"))  # the kernel closes what doesn't fit
         got, ancillary, _, _ = self._sock.recvmsg_into([self._target()], room, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.extend(struct.unpack("i", data))
+                self._stream.fds.extend(struct.unpack(f"{len(data) // struct.calcsize('i')}i", data))
         return got
 
     def _target(self) -> memoryview:
@@ -198,18 +215,20 @@ class _Receive:
 class _Send:
     """Sends a list of buffers, a few system calls at a time."""
 
-    def __init__(self, sock: socket.socket, pieces: Sequence[Bytes]) -> None:
+    def __init__(self, sock: socket.socket, pieces: Sequence[Bytes], fds: Sequence[int]) -> None:
         self._sock = sock
         self._pieces = [piece for piece in pieces if len(piece)]
         self._lengths = [len(piece) for piece in self._pieces]
         self._index, self._offset = 0, 0
+        self._ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
 
     def turn(self) -> bool:
         for _ in range(_CALLS_PER_TURN):
             if self._index == len(self._pieces):
                 return True
             try:
-                sent = self._sock.sendmsg(self._gather())
+                sent = self._sock.sendmsg(self._gather(), self._ancillary)
+                self._ancillary = []
             except (BlockingIOError, InterruptedError):
                 return False
             self._advance(sent)

@@ -38,7 +38,8 @@ class UpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     device: Annotated[str | None, Meta(description="torch device of the workers; unset: left to the workers")] = None
     threads: Annotated[int, Meta(ge=0, description="CPU threads of each worker; unset: left to the workers")] | None = None
     transport: Annotated[
-        Literal["auto", "shm", "tcp", "grpc"] | None, Meta(description="carrier of KV bytes: auto, shm, tcp or grpc")
+        Literal["auto", "extent", "shm", "tcp", "grpc"] | None,
+        Meta(description="carrier of KV bytes: auto, extent, shm, tcp or grpc"),
     ] = None
     nats: Annotated[str, Meta(description="URL of a NATS server that already runs; empty: start one")] = ""
     otlp_endpoint: Annotated[str, Meta(description="OpenTelemetry collector (http://host:port); empty: no traces")] = ""

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from common.transport.interface import LeaseToken, Part, PartStatus
+from common.transport.interface import Extent, LeaseToken, Part, PartStatus
+from services.kvstore.area_extents import locate
 from services.kvstore.area_reads import ReadResult, Reads
 from services.kvstore.area_writes import Writes
 from services.kvstore.store import Store
@@ -12,11 +13,15 @@ class StoreArea:
     """An `Area` over a `Store`. Belongs to the event loop."""
 
     def __init__(self, store: Store, *, read_buffer_bytes: int, write_buffer_bytes: int, read_deadline_s: float) -> None:
+        self._store = store
         self.reads = Reads(store, buffer_bytes=read_buffer_bytes, deadline_s=read_deadline_s)
         self.writes = Writes(store, buffer_bytes=write_buffer_bytes)
 
     async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None) -> list[ReadResult]:
         return await self.reads.read(token, parts, into)
+
+    def locate(self, token: LeaseToken, parts: Sequence[Part]) -> list[Extent | PartStatus]:
+        return locate(self._store, token, parts)
 
     def done_reading(self, token: LeaseToken, views: Sequence[memoryview]) -> None:
         self.reads.done_reading(views)

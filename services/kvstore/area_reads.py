@@ -3,7 +3,8 @@
 An item of a read lease is read from its slot, straight into the caller's memory where that is aligned, else
 into a buffer of ours, and its payload checked against the checksum that the index holds for exactly this
 filling of the slot. That check also catches a misdirected or stale slot, so the header page isn't read
-again. The checksum goes along, and the receiver checks once more. A range of a block is cut from the verified whole.
+again. The checksum goes along, and the receiver checks once more. A range of a block is read and verified by the
+chunks around it where their checksums are known, else cut from the verified whole.
 
 Memory is bounded; reads wait for room. A disk that hangs costs the caller its deadline (EXPIRED), never more;
 only reads into the caller's own memory are waited for once they have started, because the disk may
@@ -15,64 +16,22 @@ import asyncio
 import errno
 from collections.abc import Sequence
 
-import msgspec
-
 from common.disk.batch import Batch, NotStarted
 from common.disk.pages import address
-from common.disk.transfer import Transfer
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
-from common.transport.memory import copy, crc32c
+from services.kvstore.area_chunks import ChunkTables
+from services.kvstore.area_targets import Target
 from services.kvstore.buffers import BufferPool
 from services.kvstore.leases import ReadLease
 from services.kvstore.segment import CorruptPayload
-from services.kvstore.shelf import Shelf
 from services.kvstore.store import Store
 
 log = Log("reads")
 _NOT_THE_DISK = (errno.EFAULT, errno.EINVAL, errno.ENOMEM, errno.EAGAIN, errno.EINTR)  # the block isn't to blame
 ReadResult = tuple[PartStatus, memoryview | None, int]
 Outcomes = Sequence[int | BaseException]  # per target: the checksum of its bytes, or why there are none
-
-
-class _Target(msgspec.Struct):
-    """One part to read: where its block lies, and where its bytes go."""
-
-    index: int  # in the request
-    part: Part
-    shelf: Shelf
-    slot: int
-    sequence: int
-    checksum: int
-    into: memoryview | None  # the caller's memory; None: the bytes are lent from `buffer`
-    buffer_bytes: int  # 0: the block goes straight into the caller's memory
-    buffer: memoryview | None = None  # ours, of the block
-
-    @property
-    def view(self) -> memoryview:
-        """Where the part's bytes are, when read."""
-        if self.into is not None:
-            return self.into
-        assert self.buffer is not None
-        return self.buffer[self.part.offset : self.part.offset + self.part.length]
-
-    def transfer(self) -> Transfer:
-        """The read of its block, which results in the checksum of its bytes."""
-        segment, within = self.shelf.place(self.slot)
-        if not self.buffer_bytes:
-            return segment.payload_read(within, self.view, self.checksum)
-        assert self.buffer is not None
-        whole = segment.payload_read(within, self.buffer, self.checksum)
-        piece = self.buffer[self.part.offset : self.part.offset + self.part.length]
-
-        def cut() -> int:
-            value = whole.finished()
-            if self.into is not None:
-                copy(self.into, piece)
-            return value if self.part.length == self.shelf.geometry.payload_bytes else crc32c(piece)
-
-        return msgspec.structs.replace(whole, check=cut)
 
 
 class Reads:
@@ -83,6 +42,7 @@ class Reads:
         self._store = store
         self._metrics = store.metrics
         self._deadline_s = deadline_s
+        self._chunk_tables = ChunkTables(store, self.buffers, deadline_s)
         self._sending: dict[int, memoryview] = {}  # address of a view that was handed out -> its buffer
 
     async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None) -> list[ReadResult]:
@@ -92,7 +52,7 @@ class Reads:
         if not isinstance(lease, ReadLease):
             self._metrics.rejected_parts += len(parts)
             return results
-        targets: list[_Target] = []
+        targets: list[Target] = []
         for i, part in enumerate(parts):
             target = self._target(lease, i, part, into[i] if into is not None else None)
             if isinstance(target, PartStatus):
@@ -105,6 +65,13 @@ class Reads:
         for target in targets:
             target.shelf.index.pin(target.slot)
         with self._metrics.read_s.time():
+            try:
+                await self._chunk_tables.learn(lease, targets)
+            except asyncio.CancelledError:
+                self._unpin(targets)
+                raise
+            for target in targets:
+                target.plan(lease.chunks.get(target.slot))
             await self._read(targets, results)
         return results
 
@@ -115,7 +82,7 @@ class Reads:
             if buffer is not None:
                 self.buffers.give_back(buffer)
 
-    def _target(self, lease: ReadLease, i: int, part: Part, into: memoryview | None) -> _Target | PartStatus:
+    def _target(self, lease: ReadLease, i: int, part: Part, into: memoryview | None) -> Target | PartStatus:
         length = lease.shelf.geometry.payload_bytes
         if not 0 <= part.item < len(lease.slots) or part.offset < 0 or part.length <= 0 or part.offset + part.length > length:
             return PartStatus.REJECTED
@@ -123,12 +90,9 @@ class Reads:
         index = lease.shelf.index
         if index.key(slot) is None or index.sequence(slot) != sequence:
             return PartStatus.MISSING
-        segment, _ = lease.shelf.place(slot)
-        straight = into is not None and part.length == length and segment.takes(into)
-        buffer_bytes = 0 if straight else lease.shelf.geometry.padded_bytes
-        return _Target(i, part, lease.shelf, slot, sequence, index.checksum(slot), into, buffer_bytes)
+        return Target(i, part, lease.shelf, slot, sequence, index.checksum(slot), into)
 
-    async def _read(self, targets: list[_Target], results: list[ReadResult]) -> None:
+    async def _read(self, targets: list[Target], results: list[ReadResult]) -> None:
         """Returns, or raises, when nothing lands in the caller's memory any more."""
         try:
             room = await self._take_buffers(targets)
@@ -147,7 +111,10 @@ class Reads:
             return
         waits = any(not target.buffer_bytes for target in targets)
         try:
-            await asyncio.wait([batch.done], timeout=None if waits else self._deadline_s)
+            if waits:
+                await asyncio.shield(batch.done)
+            else:
+                await asyncio.wait([batch.done], timeout=self._deadline_s)
         except asyncio.CancelledError:
             self._store.readers.abandon(batch)
             if waits:
@@ -165,7 +132,7 @@ class Reads:
             self._store.io_failed(target.shelf.place(target.slot)[0], TimeoutError(f"no answer for {self._deadline_s:g} s"))
             results[target.index] = (PartStatus.EXPIRED, None, 0)
 
-    async def _take_buffers(self, targets: list[_Target]) -> bool:
+    async def _take_buffers(self, targets: list[Target]) -> bool:
         """Gets a buffer for each target that needs one, or none for any: there was no room in time."""
         wanting = [target for target in targets if target.buffer_bytes]
         if not wanting:
@@ -182,10 +149,10 @@ class Reads:
             target.buffer = buffer
         return True
 
-    async def _second_looks(self, targets: list[_Target], outcomes: Outcomes) -> Outcomes:
+    async def _second_looks(self, targets: list[Target], outcomes: Outcomes) -> Outcomes:
         """The outcomes, mismatches in the caller's memory settled by a read into ours."""
         doubted = {
-            i: msgspec.structs.replace(target, buffer_bytes=target.shelf.geometry.padded_bytes)
+            i: target.second_look()
             for i, (target, outcome) in enumerate(zip(targets, outcomes, strict=True))
             if isinstance(outcome, CorruptPayload) and not target.buffer_bytes
         }
@@ -198,7 +165,7 @@ class Reads:
         settled = dict(zip(doubted, seconds, strict=True))
         return [settled.get(i, outcome) for i, outcome in enumerate(outcomes)]
 
-    async def _look(self, looks: list[_Target]) -> Outcomes | None:
+    async def _look(self, looks: list[Target]) -> Outcomes | None:
         """Reads into our buffers and gives them back; None when the deadline passed."""
 
         def give_back(_: object) -> None:
@@ -215,11 +182,11 @@ class Reads:
         await asyncio.wait([batch.done], timeout=self._deadline_s)
         return batch.done.result() if batch.done.done() else None
 
-    def _finish_later(self, batch: Batch[int], targets: list[_Target]) -> None:
+    def _finish_later(self, batch: Batch[int], targets: list[Target]) -> None:
         """Nobody waits for the bytes any more."""
         batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
 
-    def _finish(self, targets: list[_Target], outcomes: Outcomes, results: list[ReadResult] | None) -> None:
+    def _finish(self, targets: list[Target], outcomes: Outcomes, results: list[ReadResult] | None) -> None:
         """Settles every target; `results` is None when nobody waits for the bytes any more."""
         self._unpin(targets)
         for target, outcome in zip(targets, outcomes, strict=True):
@@ -241,11 +208,11 @@ class Reads:
             else:
                 self.buffers.give_back(target.buffer)
 
-    def _unpin(self, targets: list[_Target]) -> None:
+    def _unpin(self, targets: list[Target]) -> None:
         for target in targets:
             target.shelf.index.unpin(target.slot)
 
-    def _failed_read(self, target: _Target, error: BaseException) -> PartStatus:
+    def _failed_read(self, target: Target, error: BaseException) -> PartStatus:
         if isinstance(error, CorruptPayload):
             self._store.condemn(target.shelf, target.slot, target.sequence, str(error))
             return PartStatus.CORRUPT

@@ -14,6 +14,7 @@ from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
 from services.kvstore.buffers import BufferPool
+from services.kvstore.chunks import encode_table
 from services.kvstore.leases import WriteLease
 from services.kvstore.record import PAGE_BYTES, SlotHeader, encode_slot
 from services.kvstore.shelf import Shelf
@@ -135,10 +136,12 @@ def _slot_write(shelf: Shelf, item: WriteItem, checksum: int) -> SlotWrite:
     image = item.image
     assert image is not None
     length = shelf.geometry.payload_bytes
+    chunk_table = encode_table(image[PAGE_BYTES : PAGE_BYTES + length])
 
     def seal(sequence: int) -> None:
         image[:PAGE_BYTES] = encode_slot(
-            SlotHeader(shelf.namespace_bytes, item.key, item.parent, sequence, length, checksum, within, segment.number)
+            SlotHeader(shelf.namespace_bytes, item.key, item.parent, sequence, length, checksum, within, segment.number),
+            chunk_table,
         )
         image[PAGE_BYTES + length :] = bytes(len(image) - PAGE_BYTES - length)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from common.errors import LeaseRejected, Overloaded
 from common.transport.interface import TOKEN_BYTES, LeaseToken
+from services.kvstore.chunks import Chunks
 from services.kvstore.shelf import Shelf
 from services.kvstore.write_item import WriteItem
 
@@ -22,6 +23,7 @@ class ReadLease:
         self.shelf = shelf
         self.slots = slots
         self.sequences = sequences
+        self.chunks: dict[int, Chunks | None] = {}  # by slot, of blocks that were read in ranges
         self.expires_s = 0.0
         self.ended = False
 

@@ -15,6 +15,8 @@ _COUNTERS = {
     "hit_blocks": "Blocks found by lookups",
     "reads": "Blocks or block ranges read from disk",
     "read_bytes": "Bytes read from disk and served",
+    "located_blocks": "Blocks whose place on disk was handed to a reader on this host",
+    "located_bytes": "Their bytes",
     "failed_reads": "Reads that ended in an I/O error, a short read or a passed deadline",
     "writes": "Blocks committed",
     "written_bytes": "Payload bytes committed",
@@ -42,6 +44,8 @@ class Metrics:
         self.hit_blocks = 0
         self.reads = 0
         self.read_bytes = 0
+        self.located_blocks = 0
+        self.located_bytes = 0
         self.failed_reads = 0
         self.writes = 0
         self.written_bytes = 0

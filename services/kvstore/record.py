@@ -132,7 +132,8 @@ def decode_segment(page: bytes | memoryview) -> SegmentHeader | Unreadable:
     return SegmentHeader(namespace, geometry, segment)
 
 
-def encode_slot(header: SlotHeader) -> bytes:
+def encode_slot(header: SlotHeader, chunk_table: bytes = b"") -> bytes:
+    """`chunk_table`: as chunks.py encodes it; readers that don't know of it see zeros or ignore it."""
     assert len(header.key) == len(header.parent) == len(header.namespace) == KEY_BYTES
     return _sealed(
         _SLOT.pack(
@@ -148,6 +149,7 @@ def encode_slot(header: SlotHeader) -> bytes:
             header.slot,
             header.segment,
         )
+        + chunk_table
     )
 
 

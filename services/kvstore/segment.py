@@ -12,11 +12,13 @@ Blocking calls raise `OSError`. With direct I/O every transfer is of aligned who
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from common.disk.pages import address, aligned
 from common.disk.transfer import Op, Transfer
 from common.transport.memory import crc32c
+from services.kvstore.chunks import Chunks
 from services.kvstore.files import Files
 from services.kvstore.record import (
     PAGE_BYTES,
@@ -54,6 +56,7 @@ class Segment:
         self.writable = writable
         self._files = files
         self._fd = fd
+        self._reading_fd = -1
         self._direct = direct
 
     def __repr__(self) -> str:
@@ -97,6 +100,26 @@ class Segment:
         buffers = [into] if tail is None else [into[:whole], tail] if whole else [tail]
         return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check)
 
+    def reading_fd(self) -> int:
+        """A descriptor of the file that can't be written through, for readers in other processes. Raises `OSError`."""
+        if self._reading_fd < 0:
+            self._reading_fd = self._files.open(self.path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+        return self._reading_fd
+
+    def header_read(self, slot: int, page: memoryview, check: Callable[[], int]) -> Transfer:
+        """Fills `page` (aligned) with the slot page."""
+        return Transfer(Op.READ, self._fd, [page], self.geometry.slot_offset(slot), check)
+
+    def chunks_read(self, slot: int, into: memoryview, start: int, chunks: Chunks) -> Transfer:
+        """Fills `into` (aligned, whole pages) with verified chunks, from byte `start` of the payload."""
+
+        def check() -> int:
+            if not chunks.match(start, into[: self.geometry.payload_bytes - start]):
+                raise self.corrupt(slot)
+            return len(into)
+
+        return Transfer(Op.READ, self._fd, [into], self.payload_offset(slot) + start, check)
+
     def slot_write(self, slot: int, image: memoryview) -> Transfer:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
         assert len(image) == self.geometry.slot_bytes
@@ -125,9 +148,10 @@ class Segment:
         self.close()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            self._files.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._reading_fd):
+            if fd >= 0:
+                self._files.close(fd)
+        self._fd = self._reading_fd = -1
 
     def _read(self, buffers: list[memoryview], offset: int) -> None:
         wanted = sum(len(buffer) for buffer in buffers)

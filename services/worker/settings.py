@@ -30,7 +30,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         ),
     ] = ""
     transport: Annotated[
-        Literal["auto", "shm", "tcp", "grpc"], Meta(description="carrier used to reach peers: auto, shm, tcp or grpc")
+        Literal["auto", "extent", "shm", "tcp", "grpc"],
+        Meta(description="carrier used to reach peers; auto: on this host extents of the SSD and shm, else tcp or grpc"),
     ] = "auto"
     device: Annotated[str, Meta(description="torch device: cpu, cuda, cuda:N, or auto")] = "auto"
     dtype: Annotated[

@@ -12,6 +12,7 @@ from common.transport.frames import (
     REQUEST_BYTES_MAX,
     Cancel,
     Event,
+    Extents,
     Goodbye,
     Hello,
     Mode,
@@ -59,6 +60,16 @@ GOLDEN: list[tuple[Event, str]] = [
         Goodbye(Reason.FULL, "full"),
         "50534250 01 07 0000 0000000000000000 00000000 08000000 0000000000000000 00000000 3b3b010f 01000000 66756c6c",
     ),
+    (
+        Transfer(Op.LOCATE, 9, TOKEN, 1500, (Part(3, 0, 1 << 21),), (0,), (0,)),
+        "50534250 01 08 0100 0900000000000000 dc050000 30000000 0000000000000000 00000000 085abae9 "
+        "000102030405060708090a0b0c0d0e0f 03000000 00000000 0000000000000000 0000200000000000 0000000000000000",
+    ),
+    (
+        Extents(9, (PartStatus.OK, PartStatus.MISSING), (0xE3069283, 0), (1, 0), (8192, 0)),
+        "50534250 01 09 0200 0900000000000000 00000000 30000000 0000000000000000 00000000 c1a0b20d "
+        "00 000000 839206e3 01000000 00000000 0020000000000000  01 000000 00000000 00000000 00000000 0000000000000000",
+    ),
 ]
 
 
@@ -96,12 +107,14 @@ def replies(draw: st.DrawFn) -> Reply:
     return Reply(draw(u64), statuses, checksums, draw(st.integers(0, REQUEST_BYTES_MAX)))
 
 
+EXTENT_ROWS = st.tuples(st.sampled_from(PartStatus), st.integers(0, 2**32 - 1), st.integers(0, 63), st.integers(0, 2**64 - 1))
 events = st.one_of(
     st.builds(Hello, mode=st.sampled_from(Mode), region_bytes=u64),
     st.builds(Welcome, st.binary(min_size=16, max_size=16), st.integers(1, 2**32 - 1), st.integers(REQUEST_BYTES_MAX, 2**64 - 1)),
     transfers(),
     replies(),
     st.builds(Cancel, u64),
+    st.builds(lambda rows: Extents(5, *zip(*rows, strict=True)), st.lists(EXTENT_ROWS, min_size=1, max_size=9)),
     st.builds(Goodbye, st.sampled_from(Reason), st.text(max_size=100)),
 )
 
@@ -141,6 +154,7 @@ def test_random_bytes_never_pass_as_a_header_that_asks_for_much(raw: bytes) -> N
         (Transfer(Op.READ, 1, TOKEN, 1, (Part(0, 0, 5),), (0,), (0,), 5), "expected none"),
         (Transfer(Op.WRITE, 1, TOKEN, 1, (Part(0, 0, 5),), (0,), (0,), 4), "expected the parts' 5"),
         (Transfer(Op.WRITE, 1, TOKEN, DEADLINE_MS_MAX + 1, (Part(0, 0, 5),), (0,), (0,)), "deadline_ms"),
+        (Extents(1, (PartStatus.OK,), (0,), (64,), (0,)), "file 64: expected at most 63"),
         (Welcome(TOKEN, 0, REQUEST_BYTES_MAX), "limits"),
         (Welcome(TOKEN, 1, REQUEST_BYTES_MAX - 1), "limits"),
     ],
@@ -172,6 +186,8 @@ SAMPLES: dict[Op, Event] = {
     Op.REPLY: GOLDEN[4][0],
     Op.CANCEL: GOLDEN[5][0],
     Op.GOODBYE: GOLDEN[6][0],
+    Op.LOCATE: GOLDEN[7][0],
+    Op.EXTENTS: GOLDEN[8][0],
 }
 
 

@@ -1,0 +1,116 @@
+"""The store in this process, as its byte plane drives it: `StoreArea` under leases, no wire.
+
+A read brings one verified block into a span of our memory; `depth` of them are in flight. A write request
+brings BATCH_BYTES: space is reserved, each block copied and checksummed as it would be from a peer's memory,
+committed, and answered when durable. Enough requests are in flight to keep `depth` writes at the kernel.
+"""
+
+import asyncio
+import random
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.disk.engine import EngineChoice
+from common.storage import Admission, BlockMeta
+from common.transport.interface import LeaseToken, Part, PartStatus, Span
+from common.transport.memory import checksum_of_copy
+from common.transport.region import Region
+from loadtest.store.blocks import NAMESPACE, Blocks, keys
+from loadtest.store.fio import BATCH_BYTES, Sample
+from loadtest.store.slices import Slice
+from services.kvstore.area import StoreArea
+from services.kvstore.options import StoreOptions
+from services.kvstore.record import Geometry
+from services.kvstore.store import Store
+
+LEASE_S = 600.0
+SEGMENT_BYTES = 64 << 20
+
+
+class LocalStore:
+    """A store full of blocks."""
+
+    def __init__(self, folder: Path, block_bytes: int, total_bytes: int, depth: int, io: EngineChoice) -> None:
+        slot_bytes = Geometry(block_bytes, 1).slot_bytes
+        per_segment = SEGMENT_BYTES // slot_bytes
+        segments = max(8, total_bytes // (per_segment * slot_bytes))
+        options = StoreOptions(
+            budget_bytes=segments * Geometry(block_bytes, per_segment).segment_bytes,
+            segment_bytes=SEGMENT_BYTES,
+            read_depth=depth,
+            write_depth=depth,
+            io=io,
+        )
+        self.store = Store.open([folder], options)
+        self.area = StoreArea(self.store, read_buffer_bytes=128 << 20, write_buffer_bytes=512 << 20, read_deadline_s=30)
+        self.capacity = segments * per_segment
+        self.blocks = Blocks(block_bytes)
+        self.depth = depth
+        self._block_bytes = block_bytes
+        self._region = Region(depth * block_bytes)
+        self._chain = self.blocks.chain(0)
+
+    async def fill(self) -> None:
+        """Writes one chain over all slots: what `read` reads."""
+        self._chain = self.blocks.chain(self.capacity)
+        step = max(1, BATCH_BYTES // self._block_bytes)
+        for first in range(0, self.capacity, step):
+            await self._write(self._chain[first : first + step])
+
+    async def close(self) -> None:
+        await self.area.settle()
+        await self.store.settle()
+        self.store.close()
+        self._region.close()
+
+    async def read(self, ramp_s: float, seconds: float) -> Sample:
+        found = self.store.lookup(NAMESPACE, keys(self._chain), LEASE_S, lease=True)
+        assert found.token is not None and found.blocks == self.capacity, f"{found.blocks} of {self.capacity} blocks"
+        clock = Slice(ramp_s, seconds, _cpu_s)
+        await asyncio.gather(*(self._read_on(clock, found.token, slot) for slot in range(self.depth)))
+        sample = clock.sample()
+        self.store.release(found.token)
+        return sample
+
+    async def _read_on(self, clock: Slice, token: LeaseToken, slot: int) -> None:
+        view = self._region.view(Span(slot * self._block_bytes, self._block_bytes))
+        while clock.running:
+            began = time.perf_counter()
+            part = Part(random.randrange(self.capacity), 0, self._block_bytes)
+            ((status, _, _),) = await self.area.read(token, [part], [view])
+            assert status is PartStatus.OK, status
+            clock.note(began, self._block_bytes)
+
+    async def write(self, ramp_s: float, seconds: float) -> Sample:
+        """Overwrites the coldest slots with new chains."""
+        per_request = max(1, BATCH_BYTES // self._block_bytes)
+        requests = max(2, -(-2 * self.depth // per_request))
+        clock = Slice(ramp_s, seconds, _cpu_s)
+        await asyncio.gather(*(self._write_on(clock, per_request) for _ in range(requests)))
+        return clock.sample()
+
+    async def _write_on(self, clock: Slice, count: int) -> None:
+        while clock.running:
+            began = time.perf_counter()
+            await self._write(self.blocks.chain(count))
+            clock.note(began, count * self._block_bytes)
+
+    async def _write(self, chain: Sequence[BlockMeta]) -> None:
+        reserved = await self.store.reserve(NAMESPACE, chain, LEASE_S)
+        assert reserved.token is not None and set(reserved.admissions) == {Admission.ACCEPTED}, reserved.admissions
+        parts = [Part(i, 0, self._block_bytes) for i in range(len(chain))]
+        buffers: list[memoryview] = []
+        for buffer in self.area.write_buffers(reserved.token, parts):
+            assert isinstance(buffer, memoryview), buffer
+            buffers.append(buffer)
+        checksums = [await checksum_of_copy(to, self.blocks.payload(block)) for to, block in zip(buffers, chain, strict=True)]
+        statuses = await self.area.commit(reserved.token, parts, buffers, checksums)
+        assert set(statuses) == {PartStatus.OK}, statuses
+        self.store.release(reserved.token)
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

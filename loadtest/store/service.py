@@ -1,0 +1,109 @@
+"""The kvstore as a service: another process owns the disk, this one asks over gRPC and gets blocks in its stage.
+
+`depth` blocks are in flight, in up to four requests, as a worker's reader keeps several. Latencies are of a request.
+CPU seconds are of both processes.
+"""
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+from common.blocks import Namespace
+from common.clients.kvstore import KvStoreClient, StoredPrefix
+from common.transport.interface import LeaseToken, Part, PartStatus, Span
+from common.transport.pool import PeerTransport, PoolPrefer, TransportPool
+from common.transport.region import Region
+from loadtest.store.blocks import Blocks, keys
+from loadtest.store.fio import BATCH_BYTES, Sample
+from loadtest.store.slices import Slice
+
+CARRIERS: tuple[PoolPrefer, ...] = ("extent", "shm", "tcp")
+REQUESTS = 4
+DEADLINE_S = 60.0
+LEASE_S = 600.0
+
+
+class Service:
+    """A kvstore process, and one way to it per carrier."""
+
+    def __init__(self, process: asyncio.subprocess.Process, address: str, region_bytes: int) -> None:
+        self.client = KvStoreClient(address, deadline_s=DEADLINE_S)
+        self._process = process
+        self._region = Region(region_bytes)
+        self._pools = {carrier: TransportPool(self._region, prefer=carrier) for carrier in CARRIERS}
+
+    @classmethod
+    async def start(cls, folder: Path, region_bytes: int, budget_bytes: int, io: str) -> "Service":
+        flags = ["--data", str(folder), "--run-dir", str(folder), "--budget-bytes", str(budget_bytes), "--io", io]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.kvstore", *flags, stderr=asyncio.subprocess.PIPE
+        )
+        assert process.stderr is not None
+        while line := await process.stderr.readline():
+            event = json.loads(line)
+            if event["event"] == "ready":
+                return cls(process, event["grpc"], region_bytes)
+        raise SystemExit(f"the kvstore ended with status {await process.wait()}")
+
+    async def fill(self, namespace: Namespace, blocks: Blocks, count: int) -> StoredPrefix:
+        """Writes a chain; its lease."""
+        size = blocks.block_bytes
+        chain = blocks.chain(count)
+        step = max(1, BATCH_BYTES // size)
+        for first in range(0, count, step):
+            batch = chain[first : first + step]
+            reservation = await self.client.reserve(namespace, batch, LEASE_S)
+            spans = [Span(i * size, size) for i in range(len(batch))]
+            for block, span in zip(batch, spans, strict=True):
+                self._region.view(span)[:] = blocks.payload(block)
+            transport = self._pools["shm"].transport(reservation.endpoint)
+            parts = [Part(i, 0, size) for i in range(len(batch))]
+            statuses = await transport.write(reservation.token, parts, spans, deadline_s=DEADLINE_S)
+            assert set(statuses) == {PartStatus.OK}, statuses
+            await self.client.release(reservation.token)
+        stored = await self.client.lookup(namespace, keys(chain), LEASE_S)
+        assert stored is not None and stored.blocks == count, stored
+        return stored
+
+    async def read(
+        self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, depth: int, ramp_s: float, seconds: float
+    ) -> Sample:
+        transport = self._pools[carrier].transport(stored.endpoint)
+        requests = min(REQUESTS, depth)
+        blocks = depth // requests
+        clock = Slice(ramp_s, seconds, self._cpu_s)
+
+        async def read_on(number: int) -> None:
+            spans = [Span((number * blocks + i) * block_bytes, block_bytes) for i in range(blocks)]
+            while clock.running:
+                began = time.perf_counter()
+                await _read_once(transport, stored.token, stored.blocks, spans)
+                clock.note(began, blocks * block_bytes)
+
+        await asyncio.gather(*map(read_on, range(requests)))
+        assert transport.carrier == carrier, f"read by {transport.carrier}, not by {carrier}"
+        return clock.sample()
+
+    async def close(self) -> None:
+        for pool in self._pools.values():
+            await pool.close()
+        await self.client.close()
+        self._process.terminate()
+        await self._process.communicate()
+        self._region.close()
+
+    def _cpu_s(self) -> float:
+        """Of both processes."""
+        with open(f"/proc/{self._process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + time.process_time()
+
+
+async def _read_once(transport: PeerTransport, token: LeaseToken, stored: int, spans: list[Span]) -> None:
+    parts = [Part(random.randrange(stored), 0, span.length) for span in spans]
+    statuses = await transport.read(token, parts, spans, deadline_s=DEADLINE_S)
+    assert set(statuses) == {PartStatus.OK}, statuses
