@@ -14,7 +14,7 @@ STAMP := $(VENV)/.penstock-installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup up down status test lint lock load clean
-.PHONY: bench-serve bench-dualpath bench-store-peers
+.PHONY: bench-serve bench-dualpath bench-store-peers bench-codec
 
 help:  ## list these commands
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-dualpath: $(STAMP)  ## measure every route over shaped links in network na
 
 bench-store-peers: $(STAMP)  ## the kvstore beside LMCache's and Mooncake's SSD tiers (installed apart); one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_store_peers $(ARGS)
+
+bench-codec: $(STAMP)  ## benchmark the KV codecs: quality, speed, bytes and load time; one JSON line
+	@exec "$(BIN)/python" -m loadtest.bench_codec $(ARGS)
 
 -include deploy/docker/docker.mk
 
