@@ -12,11 +12,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.codec import CodecName, StoredLayout
@@ -33,28 +32,29 @@ ROUNDS = 5
 
 
 def arithmetic(dtype: str) -> dict[str, dict[str, float]]:
-    """Raw GB per CPU second of one core; the best of alternating rounds. Blocks are walked in turn, so that they come from memory."""
+    """Raw GB per CPU second of one core; the best of alternating rounds, the first not counted."""
     kernels.set_threads(1)
     layout = KvLayout(codec_load.LAYERS, codec_load.KV_HEADS, codec_load.HEAD_DIM, dtype, codec_load.LAYOUT.block_tokens)
     values = torch.randn(layout.bytes_per_block // DTYPES[dtype].itemsize).to(DTYPES[dtype])
-    record = values.view(torch.uint8).numpy()
-    raw = [memoryview(bytearray(record)) for _ in range(BLOCKS)]
-    best = {codec: {"encode": 0.0, "decode": 0.0} for codec in CODECS}
-    for _ in range(ROUNDS):
-        for codec in CODECS:
-            worker = Codec(StoredLayout(layout, codec))
-            stored = [memoryview(bytearray(worker.bytes_per_block)) for _ in range(BLOCKS)]
-            for name, work, pairs in (
-                ("encode", worker.encode, zip(raw, stored, strict=True)),
-                ("decode", worker.decode, zip(stored, raw, strict=True)),
-            ):
-                began = time.thread_time()
-                for source, target in pairs:
-                    work(source, target)
-                best[codec][name] = max(best[codec][name], BLOCKS * layout.bytes_per_block / (time.thread_time() - began) * 1e-9)
-            for target in raw:
-                np.frombuffer(target, dtype=np.uint8)[:] = record
+    raw = [memoryview(bytearray(values.view(torch.uint8).numpy())) for _ in range(BLOCKS)]
+    workers = {codec: Codec(StoredLayout(layout, codec)) for codec in CODECS}
+    stored = {codec: [memoryview(bytearray(worker.bytes_per_block)) for _ in range(BLOCKS)] for codec, worker in workers.items()}
+    best: dict[str, dict[str, float]] = {codec: {"encode": 0.0, "decode": 0.0} for codec in CODECS}
+    for turn in range(ROUNDS + 1):
+        for codec, worker in workers.items():
+            rates = {"encode": rate(worker.encode, raw, stored[codec]), "decode": rate(worker.decode, stored[codec], raw)}
+            if turn:
+                best[codec] = {name: max(best[codec][name], value) for name, value in rates.items()}
     return best
+
+
+def rate(work: Callable[[memoryview, memoryview], None], sources: Sequence[memoryview], targets: Sequence[memoryview]) -> float:
+    """GB of the larger side per CPU second of this thread."""
+    began = time.thread_time()
+    for source, target in zip(sources, targets, strict=True):
+        work(source, target)
+    seconds = time.thread_time() - began
+    return sum(max(a.nbytes, b.nbytes) for a, b in zip(sources, targets, strict=True)) / seconds * 1e-9
 
 
 def rounded(value: object) -> object:

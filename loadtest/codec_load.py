@@ -30,6 +30,7 @@ from services.cli.settings import DEMO_MODEL
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama 3 8B's
 CONTEXT_TOKENS = 2048
 LAYOUT = KvLayout(LAYERS, KV_HEADS, HEAD_DIM, "bfloat16", default_block_tokens(4 * LAYERS * KV_HEADS * HEAD_DIM))
+POOL_BYTES = CONTEXT_TOKENS * LAYOUT.bytes_per_token  # what a worker makes present at its start: no load pays for fresh pages
 PATH = "storage_to_decode"
 
 
@@ -52,7 +53,7 @@ def make_model(directory: Path) -> Path:
             vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=KV_HEADS,
             num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=CONTEXT_TOKENS,
         )  # fmt: skip
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
         for name in TOKENIZER_FILES:
             shutil.copyfile(DEMO_MODEL / name, directory / name)
     return directory
@@ -63,17 +64,6 @@ def prompts(count: int, tokens: int) -> list[list[int]]:
     blocks = tokens // LAYOUT.block_tokens
     rng = random.Random(0)
     return [[rng.randrange(100, 4096) for _ in range(blocks * LAYOUT.block_tokens + 1)] for _ in range(count)]
-
-
-async def fill(cluster: LocalCluster, wanted: Sequence[Sequence[int]]) -> bool:
-    """Has every prompt stored; whether one had to be computed."""
-    computed = False
-    async with client.client() as http:
-        for prompt in wanted:
-            outcome = await client.complete(http, cluster.url, cluster.model_name, prompt, 1)
-            computed |= outcome.cached_tokens < len(prompt) - 1
-    await cluster.settled()
-    return computed
 
 
 async def load(http: httpx.AsyncClient, cluster: LocalCluster, prompt: Sequence[int]) -> Load:
@@ -102,10 +92,14 @@ async def _moved(http: httpx.AsyncClient, cluster: LocalCluster) -> tuple[float,
 def measure(data: Path, codecs: Sequence[CodecName], count: int, tokens: int) -> dict[str, dict[str, float]]:
     """Medians over the prompts for each codec; ratios are to `codecs[0]`, prompt by prompt."""
     model = make_model(data / "kv-model")
+    config = data / "penstock.toml"
+    config.write_text(f"[decode]\npool_bytes = {POOL_BYTES}\n")
     wanted = prompts(count, tokens)
     with ExitStack() as stack:
         clusters = {
-            codec: stack.enter_context(LocalCluster(model, data / codec, flags=("--prefill", "0", "--codec", codec)))
+            codec: stack.enter_context(
+                LocalCluster(model, data / codec, flags=("--config", str(config), "--prefill", "0", "--codec", codec))
+            )
             for codec in codecs
         }
         for cluster in clusters.values():

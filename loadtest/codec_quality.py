@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from common.codec import CodecName, StoredLayout
 from common.generation import Sampling
+from common.kv_layout import KvLayout
 from deploy.demo_model import dataset
 from deploy.demo_model.tokenizer import encode_documents
 from services.worker.codec import DTYPES, Codec
@@ -50,8 +51,8 @@ def held_out_windows(model: Path, window_tokens: int, windows_max: int) -> list[
 class Perplexity:
     """Losses of what follows a context whose KV went through a codec."""
 
-    def __init__(self, model: Path, layout_of: LoadedModel) -> None:
-        self._stored = layout_of.layout
+    def __init__(self, model: Path, layout: KvLayout) -> None:
+        self._layout = layout
         load: Any = AutoModelForCausalLM.from_pretrained
         self._model = load(model, dtype=torch.float32, local_files_only=True).eval()
 
@@ -84,16 +85,16 @@ class Perplexity:
 
     def _context(self, tokens: Tensor) -> Tensor:
         """KV of the context as blocks, `[block, layer, k|v, token, head, dim]` in the KV dtype."""
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         planes = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]  # [k|v, head, token, dim]
         layers = torch.stack(planes).transpose(2, 3)  # [layer, k|v, token, head, dim]
-        blocks = layers.unflatten(2, (-1, self._stored.block_tokens)).movedim(2, 0)
-        return blocks.to(DTYPES[self._stored.dtype]).contiguous()
+        blocks: Tensor = layers.unflatten(2, (-1, self._layout.block_tokens)).movedim(2, 0)
+        return blocks.to(DTYPES[self._layout.dtype]).contiguous()
 
     def _after(self, blocks: Tensor, codec: CodecName, tokens: Tensor) -> Tensor:
         """Logits `[token, vocabulary]` of what follows the context."""
-        worker = Codec(StoredLayout(self._stored, codec))
+        worker = Codec(StoredLayout(self._layout, codec))
         back = torch.stack([worker.decode_tensor(worker.encode_tensor(block)) for block in blocks])
         layers = back.movedim(0, 2).flatten(2, 3).float().transpose(2, 3)  # [layer, k|v, head, token, dim]
         cache = DynamicCache()
@@ -181,7 +182,7 @@ def measure(
         raise SystemExit(f"--context-tokens {context_tokens}: must be a multiple of the model's block of {block_tokens} tokens")
     texts = held_out_windows(model, context_tokens + scored_tokens, windows)
     with torch.inference_mode():
-        quality = Perplexity(model, loaded).of(texts, context_tokens, codecs)
+        quality = Perplexity(model, loaded.layout).of(texts, context_tokens, codecs)
         agreement = greedy_agreement(loaded, texts[: max(1, windows // 2)], context_tokens, new_tokens, codecs)
     return {
         "windows": len(texts),
