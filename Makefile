@@ -13,8 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.penstock-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status test lint lock load clean
-.PHONY: bench-serve bench-dualpath bench-store bench-store-peers
+.PHONY: help setup up down status test lint lock load bench-serve bench-dualpath bench-store bench-store-peers crash-loop bench-codec clean
 
 help:  ## list these commands
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,9 +69,11 @@ bench-store: $(STAMP)  ## the kvstore's disk I/O beside fio (which must be insta
 bench-store-peers: $(STAMP)  ## the kvstore beside LMCache's and Mooncake's SSD tiers (installed apart); one JSON line
 	@exec "$(BIN)/python" -m loadtest.bench_store_peers $(ARGS)
 
-.PHONY: crash-loop
 crash-loop: $(STAMP)  ## kill a kvstore a thousand times; it must lose and spoil nothing; one JSON line
 	@exec "$(BIN)/python" -m loadtest.crash_loop $(ARGS)
+
+bench-codec: $(STAMP)  ## benchmark the KV codecs: quality, speed, bytes and load time; one JSON line
+	@exec "$(BIN)/python" -m loadtest.bench_codec $(ARGS)
 
 -include deploy/docker/docker.mk
 

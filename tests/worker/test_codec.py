@@ -79,6 +79,18 @@ def test_what_comes_back_is_within_the_bound(codec: CodecName, dtype: str, data:
         assert_bounded(codec, dtype, block, round_trip(Codec(StoredLayout(layout_of(shape, dtype), codec)), block))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("codec", LOSSY)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_storing_again_what_was_loaded_loses_nothing_more(codec: CodecName, dtype: str, data: st.DataObject) -> None:
+    shape = (1, 2, 2, 16)
+    block = storable(data.draw(st.binary(min_size=256, max_size=256)), dtype, shape)
+    worker = Codec(StoredLayout(layout_of(shape, dtype), codec))
+    once = round_trip(worker, block)
+    assert torch.equal(round_trip(worker, once), once)
+
+
 @pytest.mark.skipif(not kernels.available(), reason=kernels.BUILD.reason)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("codec", LOSSY)

@@ -35,32 +35,37 @@ typedef uint8_t vb4 __attribute__((vector_size(4)));
 typedef uint8_t vb4_mem __attribute__((vector_size(4), aligned(1), may_alias));
 typedef uint64_t vq __attribute__((vector_size(32)));
 
-// The largest magnitude of one head: of the bits, so that a NaN is larger than everything.
-INLINE float peak_of(const int kind, const char *head, long tokens, long stride, long dim) {
+// The largest magnitude of each head: of the bits, so that a NaN is larger than everything. Rows are walked as they lie in
+// memory; `top` holds a vector for each head.
+INLINE void peaks_of(const int kind, const char *plane, long tokens, long heads, long dim, vi *top) {
+    for (long h = 0; h < heads; h++) top[h] = (vi){};
+    for (long t = 0; t < tokens; t++)
+        for (long h = 0; h < heads; h++) {
+            const void *row = at(plane, kind, (t * heads + h) * dim);
+            vi best = top[h];
+            for (long e = 0; e < dim; e += kind == BF16 ? GROUP : VL)
+                if (kind == BF16) {
+                    vh x = *(const vh_mem *)at(row, kind, e) & 0x7fff, above = x > (vh)best;
+                    best = (vi)((x & above) | ((vh)best & ~above));
+                } else {
+                    vi x = (vi)load((const float *)at(row, kind, e)) & 0x7fffffff, above = x > best;
+                    best = (x & above) | (best & ~above);
+                }
+            top[h] = best;
+        }
+}
+
+INLINE float largest(const int kind, vi lanes) {
     uint32_t bits = 0;
     if (kind == BF16) {
-        vh top = {};
-        for (long t = 0; t < tokens; t++)
-            for (long e = 0; e < dim; e += GROUP) {
-                vh x = *(const vh_mem *)at(head, kind, t * stride + e) & 0x7fff;
-                vh above = x > top;
-                top = (x & above) | (top & ~above);
-            }
-        for (int i = 0; i < GROUP; i++) bits = (uint32_t)top[i] > bits ? (uint32_t)top[i] : bits;
+        for (int i = 0; i < GROUP; i++) bits = max_l(bits, ((vh)lanes)[i]);
         bits <<= 16;
     } else {
-        vi top = {};
-        for (long t = 0; t < tokens; t++)
-            for (long e = 0; e < dim; e += VL) {
-                vi x = (vi)load((const float *)at(head, kind, t * stride + e)) & 0x7fffffff;
-                vi above = x > top;
-                top = (x & above) | (top & ~above);
-            }
-        for (int i = 0; i < VL; i++) bits = (uint32_t)top[i] > bits ? (uint32_t)top[i] : bits;
+        for (int i = 0; i < VL; i++) bits = max_l(bits, lanes[i]);
     }
-    float peak;
-    memcpy(&peak, &bits, 4);
-    return peak;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 INLINE vu nearest(vf v) {  // ties to even
@@ -147,40 +152,36 @@ INLINE uint8_t *codes_of(const int code, const Blocks *b, long number, float **s
 }
 
 INLINE void encode_plane(const int kind, const int code, Blocks *b, long number) {
-    long stride = b->heads * b->dim;
-    const char *plane = b->raw + number * b->tokens * stride * bytes_of(kind);
-    float *scales;
+    long rows = b->tokens * b->heads;
+    const char *plane = b->raw + number * rows * b->dim * bytes_of(kind);
+    float *scales, *inverses = scratch(0, b->heads);
+    vi *top = (vi *)scratch(1, b->heads * VL);
     uint8_t *codes = codes_of(code, b, number, &scales);
+    peaks_of(kind, plane, b->tokens, b->heads, b->dim, top);
     for (long h = 0; h < b->heads; h++) {
-        const char *head = at(plane, kind, h * b->dim);
-        float peak = peak_of(kind, head, b->tokens, stride, b->dim);
-        if (!(peak < PEAK_END)) {
-            atomic_store(&b->unfit, number);
-            return;
-        }
+        float peak = largest(kind, top[h]);
+        if (!(peak < PEAK_END)) atomic_store(&b->unfit, number);
         float scale = peak < PEAK_MIN ? 0.0f : peak / levels(code);
-        vf inverse = splat(peak < PEAK_MIN ? 0.0f : levels(code) / peak);
         memcpy(scales + h, &scale, sizeof scale);
-        for (long t = 0; t < b->tokens; t++)
-            for (long e = 0; e < b->dim; e += GROUP)
-                encode_group(kind, code, at(head, kind, t * stride + e), inverse, codes + code_bytes(code, t * stride + h * b->dim + e));
+        inverses[h] = peak < PEAK_MIN ? 0.0f : levels(code) / peak;
     }
+    for (long row = 0, h = 0; row < rows; row++, h = h + 1 < b->heads ? h + 1 : 0)
+        for (long e = row * b->dim; e < (row + 1) * b->dim; e += GROUP)
+            encode_group(kind, code, at(plane, kind, e), splat(inverses[h]), codes + code_bytes(code, e));
 }
 
 INLINE void decode_plane(const int kind, const int code, Blocks *b, long number) {
-    long stride = b->heads * b->dim;
-    char *plane = b->raw + number * b->tokens * stride * bytes_of(kind);
-    float *scales;
+    long rows = b->tokens * b->heads;
+    char *plane = b->raw + number * rows * b->dim * bytes_of(kind);
+    float *scales, *checked = scratch(0, b->heads);
     const uint8_t *codes = codes_of(code, b, number, &scales);
     for (long h = 0; h < b->heads; h++) {
-        float value;
-        memcpy(&value, scales + h, sizeof value);
-        vf scale = splat(value < INFINITY && value >= 0.0f ? value : NAN);  // damage stays visible
-        char *head = (char *)at(plane, kind, h * b->dim);
-        for (long t = 0; t < b->tokens; t++)
-            for (long e = 0; e < b->dim; e += GROUP)
-                decode_group(kind, code, codes + code_bytes(code, t * stride + h * b->dim + e), scale, (void *)at(head, kind, t * stride + e));
+        memcpy(checked + h, scales + h, sizeof *checked);
+        if (!(checked[h] >= 0.0f && checked[h] < INFINITY)) checked[h] = NAN;  // damage stays visible
     }
+    for (long row = 0, h = 0; row < rows; row++, h = h + 1 < b->heads ? h + 1 : 0)
+        for (long e = row * b->dim; e < (row + 1) * b->dim; e += GROUP)
+            decode_group(kind, code, codes + code_bytes(code, e), splat(checked[h]), (void *)at(plane, kind, e));
 }
 
 #define FOR_EACH_CODE(run, kind) \
