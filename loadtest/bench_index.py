@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from services.kvstore.entries import ENTRY
 from services.kvstore.eviction import LeafLru
 from services.kvstore.index import Index
 from services.kvstore.key_table import words
@@ -105,14 +106,16 @@ def lookups(index: Index, chains: int, length: int, rounds: int) -> dict[str, fl
 def restore(chains: int, length: int) -> dict[str, float]:
     """Taking all blocks in at once, as a restart does."""
     packed = b"".join(random.Random(seed).randbytes(KEY_BYTES * length) for seed in range(chains))
-    keys, numbers = words(packed), np.arange(chains * length)
-    parents = np.roll(keys, 1, axis=0)
-    parents[::length] = words(ROOT)
-    index = Index(LeafLru(), itertools.count(1), len(keys))
+    entries = np.zeros(chains * length, ENTRY)
+    entries["key"] = words(packed)
+    entries["parent"] = np.roll(entries["key"], 1, axis=0)
+    entries["parent"][::length] = words(ROOT)
+    entries["tick"] = entries["sequence"] = np.arange(len(entries))
+    index = Index(LeafLru(), itertools.count(1), len(entries))
 
     def work() -> None:
-        index.grow(len(keys))
-        index.insert_all(numbers.astype(np.int32), keys, parents, numbers, numbers, numbers)
+        index.grow(len(entries))
+        index.insert_all(np.arange(len(entries), dtype=np.int32), entries)
 
     return {"restore_s": seconds(work)}
 

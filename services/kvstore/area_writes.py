@@ -95,7 +95,7 @@ class Writes:
             writes.append(_slot_write(lease.shelf, item, checksum))
             positions.append(i)
         with self._metrics.write_s.time():
-            outcomes = await self._store.writer.write(writes)
+            outcomes = await self._store.write(writes)
         for i, outcome in zip(positions, outcomes, strict=True):
             lease, item = filled[i]
             statuses[i] = self._settle_write(lease, item, checksums[i], outcome)

@@ -38,6 +38,10 @@ class EvictionPolicy(Protocol):
         """Last use of a block."""
         ...
 
+    def ticks(self, slots: Slots) -> Numbers:
+        """Last use of many."""
+        ...
+
     def offer(self, slot: int) -> None:
         """The block may go from now on."""
         ...
@@ -166,6 +170,9 @@ class LeafLru:
 
     def tick(self, slot: int) -> int:
         return self._ticks.view[slot]
+
+    def ticks(self, slots: Slots) -> Numbers:
+        return self._ticks.array[slots]
 
     def offer(self, slot: int) -> None:
         self._queue.append(slot)

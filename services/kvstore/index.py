@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from services.kvstore.column import NO_SLOTS, NONE, Column, Numbers, Slots
+from services.kvstore.entries import ENTRY, Entries
 from services.kvstore.eviction import EvictionPolicy
 from services.kvstore.forest import Forest
-from services.kvstore.key_table import KeyTable, Words, words
+from services.kvstore.key_table import KeyTable, words
 
 _STRIDES = (64, 448, 3584)  # keys probed at once: a short prefix doesn't pay for a long question
 
@@ -107,17 +108,30 @@ class Index:
         if self._evictable(slot):
             self._policy.offer(slot)
 
-    def insert_all(
-        self, slots: Slots, keys: Words, parents: Words, checksums: Numbers, sequences: Numbers, ticks: Numbers
-    ) -> None:
-        """At start: `insert` of many blocks, all different, into an empty index. Last used at `ticks`, coldest first."""
+    def insert_all(self, slots: Slots, entries: Entries) -> None:
+        """At start: `insert` of many blocks, all different, into an empty index, coldest first."""
         assert not len(self)
-        self._table.put_all(slots, keys)
+        self._table.put_all(slots, entries["key"])
         self._held.array[slots] = True
-        self._checksums.array[slots] = checksums
-        self._sequences.array[slots] = sequences
-        self._forest.hang_all(slots, self._table.find_all(parents), parents)
-        self._policy.restore(slots, ticks, slots[self._forest.leaves(slots)])
+        self._checksums.array[slots] = entries["checksum"]
+        self._sequences.array[slots] = entries["sequence"]
+        self._forest.hang_all(slots, self._table.find_all(entries["parent"]), entries["parent"])
+        self._policy.restore(slots, entries["tick"], slots[self._forest.leaves(slots)])
+
+    def entries(self, slots: Slots) -> Entries:
+        """What `insert_all` needs to have these blocks again; `slot` is left to the caller."""
+        out = np.zeros(len(slots), ENTRY)
+        out["key"] = self._table.keys(slots)
+        out["checksum"] = self._checksums.array[slots]
+        out["sequence"] = self._sequences.array[slots]
+        out["tick"] = self._policy.ticks(slots)
+        parents = self._forest.parents(slots)
+        out["parent"] = self._table.keys(np.maximum(parents, 0))
+        for i in np.flatnonzero(parents < 0).tolist():
+            key = self._forest.parent_key(int(slots[i]))
+            assert key is not None
+            out["parent"][i] = words(key)
+        return out
 
     def remove(self, slot: int) -> bytes:
         """Forgets the block in a slot. Children that it has become chain heads. Returns its key."""

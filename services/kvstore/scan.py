@@ -1,7 +1,8 @@
 """What is on disk when the store starts: segments, and the blocks whose headers can be believed.
 
 1. Every namespace folder's segment files are opened; leftovers of an unfinished creation go.
-2. Header pages are read by several threads. Damaged, foreign, misplaced and unknown ones are counted.
+2. A segment with a checkpoint is what that says. Of the others the header pages are read, by several threads;
+   damaged, foreign, misplaced and unknown ones are counted.
 3. A crash can leave a header whose payload never arrived. Writes are numbered, and at most
    `WINDOW` numbers are open at once, so only blocks among the last `WINDOW` numbers can be torn:
    their payloads are read and checked, and the bad ones erased. The last number is taken for each disk
@@ -16,87 +17,44 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
+import numpy as np
 
 from common.blocks import Namespace
 from common.logs import Log
+from services.kvstore import checkpoint
 from services.kvstore.disk import Disk, DiskState
+from services.kvstore.entries import Verdict
 from services.kvstore.files import Files
-from services.kvstore.record import PAGE_BYTES, Geometry, SlotHeader, Unreadable, decode_slot
-from services.kvstore.segment import SUFFIX, TEMPORARY_SUFFIX, CorruptPayload, Segment, open_segment, scratch
+from services.kvstore.found import Counts, Found, FoundNamespace, FoundSegment, drop_duplicates, drop_torn, last_sequences
+from services.kvstore.header_scan import runs, scan_run
+from services.kvstore.record import Unreadable
+from services.kvstore.segment import SUFFIX, TEMPORARY_SUFFIX, Segment, open_segment
 
 log = Log("scan")
 WINDOW = 1024  # part of the format: a writer never has more sequence numbers open
 _PROGRESS_S = 1.0
-_RUN_SLOTS = 512  # one thread's job: enough jobs for all threads, few enough to be cheap
 
 
-class Counts(msgspec.Struct):
-    """What the scan saw, for the log and the metrics."""
-
-    segments: int = 0
-    segments_read_only: int = 0
-    segments_unusable: int = 0
-    unusable_bytes: int = 0
-    blocks: int = 0
-    empty: int = 0
-    damaged: int = 0  # header pages that match no checksum
-    foreign: int = 0  # headers of another namespace, place or size
-    newer: int = 0  # headers of a later format, left alone
-    unreadable: int = 0  # I/O errors and slots behind the end of a file
-    torn: int = 0  # header fine, payload not
-    duplicates: int = 0
-    extra_files: int = 0
-
-
-class FoundBlock(msgspec.Struct, frozen=True):
-    """A block by its header; `slot` is numbered within the segment."""
-
-    segment: Segment
-    slot: int
-    key: bytes
-    parent: bytes
-    checksum: int
-    sequence: int
-
-
-class FoundNamespace(msgspec.Struct):
-    """One namespace's segments and blocks, blocks in the order they were written."""
-
-    namespace: Namespace
-    geometry: Geometry | None  # None: no segment of it can be used
-    segments: list[Segment]
-    blocks: list[FoundBlock]
-    free: list[tuple[Segment, int]]  # (segment, slot) with nothing in it that is wanted
-    unusable_numbers: dict[int, set[int]]  # by disk: files that must be left alone
-
-
-class _RunScan(msgspec.Struct):
-    """Some slots of one segment."""
-
-    segment: Segment
-    slots: range
-    blocks: list[FoundBlock]
-    free: list[int]
-    seen: Counts
-
-
-def scan(files: Files, disks: Sequence[Disk], *, threads: int) -> tuple[list[FoundNamespace], Counts, int]:
-    """Namespaces found, counts, and the highest sequence number on disk (0 when there is none)."""
-    counts = Counts()
+def scan(files: Files, disks: Sequence[Disk], *, threads: int) -> Found:
+    """Opens and reads what lies on all disks."""
+    out = Found([], Counts())
     by_name: dict[Namespace, FoundNamespace] = {}
     for disk in disks:
         if disk.state is not DiskState.LOST:
-            _open_disk(files, disk, by_name, counts)
-    found = [one for _, one in sorted(by_name.items()) if one.segments or one.unusable_numbers]
+            _open_disk(files, disk, by_name, out.counts)
+    out.namespaces = [one for _, one in sorted(by_name.items()) if one.segments or one.unusable_numbers]
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        _read_headers(found, pool, counts)
-        last = _last_sequences(found)
-        for one in found:
-            _drop_torn(one, last, pool, counts)
-            _drop_duplicates(one, counts)
-    counts.blocks = sum(len(one.blocks) for one in found)
-    return found, counts, max(last.values(), default=0)
+        _load_checkpoints(files, out, pool)
+        _read_headers(out, pool)
+        last = last_sequences(out.segments)
+        for found in out.segments:
+            drop_torn(found, last[found.segment.disk] - WINDOW, pool, out.counts)
+    for one in out.namespaces:
+        drop_duplicates(one.segments, out.counts)
+    out.last_sequence = max(last.values(), default=0)
+    out.last_tick = max((int(found.entries["tick"].max(initial=0)) for found in out.segments), default=0)
+    out.counts.blocks = sum(len(found.entries) for found in out.segments)
+    return out
 
 
 def _open_disk(files: Files, disk: Disk, by_name: dict[Namespace, FoundNamespace], counts: Counts) -> None:
@@ -106,7 +64,7 @@ def _open_disk(files: Files, disk: Disk, by_name: dict[Namespace, FoundNamespace
         for path in sorted(disk.namespaces.iterdir()):
             if path.is_dir() and _is_namespace(path.name):
                 name = Namespace(path.name)
-                one = by_name.setdefault(name, FoundNamespace(name, None, [], [], [], {}))
+                one = by_name.setdefault(name, FoundNamespace(name, None, [], {}))
                 _open_namespace(files, disk, path, one, counts)
             else:
                 counts.extra_files += 1
@@ -118,15 +76,18 @@ def _open_disk(files: Files, disk: Disk, by_name: dict[Namespace, FoundNamespace
 
 def _open_namespace(files: Files, disk: Disk, folder: Path, one: FoundNamespace, counts: Counts) -> None:
     for path in sorted(folder.iterdir()):
-        if path.suffix == TEMPORARY_SUFFIX and _number(path) is not None:
+        if path.suffix in (TEMPORARY_SUFFIX, checkpoint.TEMPORARY_SUFFIX) and _number(path) is not None:
             _remove_leftover(files, disk, path, counts)
+        elif path.suffix == checkpoint.SUFFIX and _number(path) is not None:
+            if not path.with_suffix(SUFFIX).exists():
+                _remove_leftover(files, disk, path, counts)
         elif path.suffix != SUFFIX or _number(path) is None:
             counts.extra_files += 1
             log.warning("extra_file", path=str(path), expected=f"files named 00000000{SUFFIX}")
         else:
             segment = _open_one(files, disk, path, one)
             if isinstance(segment, Segment):
-                one.segments.append(segment)
+                one.segments.append(FoundSegment(segment))
                 one.geometry = segment.geometry
                 counts.segments += 1
                 counts.segments_read_only += not segment.writable
@@ -138,7 +99,7 @@ def _open_namespace(files: Files, disk: Disk, folder: Path, one: FoundNamespace,
 
 
 def _remove_leftover(files: Files, disk: Disk, path: Path, counts: Counts) -> None:
-    """A segment that was never finished goes; where nothing can be written it stays and counts."""
+    """A file that was never finished, or whose segment is gone, goes; where nothing can be written it stays and counts."""
     try:
         files.remove(path)
     except OSError as error:
@@ -160,7 +121,7 @@ def _open_one(files: Files, disk: Disk, path: Path, one: FoundNamespace) -> Segm
     elif segment.number != int(path.stem):
         wrong = f"header says number {segment.number}"
     elif one.geometry is not None and one.geometry != segment.geometry:
-        wrong = f"{segment.geometry} differs from {one.geometry} of {one.segments[0].path}"
+        wrong = f"{segment.geometry} differs from {one.geometry} of {one.segments[0].segment.path}"
     if wrong:
         segment.close()
         return wrong
@@ -170,115 +131,49 @@ def _open_one(files: Files, disk: Disk, path: Path, one: FoundNamespace) -> Segm
     return segment
 
 
-def _read_headers(found: list[FoundNamespace], pool: ThreadPoolExecutor, counts: Counts) -> None:
+def _load_checkpoints(files: Files, out: Found, pool: ThreadPoolExecutor) -> None:
+    """Takes the word of the checkpoints that can be believed; others go, as their segments may be written to."""
+    for found, kept in zip(
+        out.segments, pool.map(lambda found: checkpoint.load(files, found.segment), out.segments), strict=True
+    ):
+        segment = found.segment
+        segment.checkpointed = checkpoint.path_of(segment).exists()
+        if kept is not None:
+            unused = np.ones(segment.geometry.slots_per_segment, np.bool_)
+            unused[kept.entries["slot"]] = False
+            found.entries, found.free, found.scanned = kept.entries, np.flatnonzero(unused).astype(np.int32), False
+            out.counts.checkpoints += 1
+            out.time_s = max(out.time_s, kept.time_s)
+        elif segment.checkpointed and segment.writable:
+            try:
+                checkpoint.discard(files, segment)
+            except OSError as error:
+                segment.writable = False
+                log.warning("segment_read_only", path=str(segment.path), reason=f"its checkpoint can't be removed: {error}")
+
+
+def _read_headers(out: Found, pool: ThreadPoolExecutor) -> None:
     started_s = reported_s = time.monotonic()
-    total = sum(segment.geometry.slots_per_segment for one in found for segment in one.segments)
+    todo = [found for found in out.segments if found.scanned]
+    total = sum(found.segment.geometry.slots_per_segment for found in todo)
     done = 0
     jobs = [
-        (one, pool.submit(_scan_slots, segment, slots))
-        for one in found
-        for segment in one.segments
-        for slots in _runs(segment.geometry.slots_per_segment)
+        (found, [pool.submit(scan_run, found.segment, slots) for slots in runs(found.segment.geometry.slots_per_segment)])
+        for found in todo
     ]
-    for one, job in jobs:
-        result = job.result()
-        one.blocks.extend(result.blocks)
-        one.free.extend((result.segment, slot) for slot in result.free)
-        for name in ("empty", "damaged", "foreign", "newer", "unreadable"):
-            setattr(counts, name, getattr(counts, name) + getattr(result.seen, name))
-        done += len(result.slots)
+    for found, scans in jobs:
+        results = [scan.result() for scan in scans]
+        found.entries = np.concatenate([result.entries for result in results])
+        found.free = np.concatenate([result.free for result in results])
+        out.time_s = max(out.time_s, *(result.written_s for result in results))
+        for verdict in (Verdict.EMPTY, Verdict.DAMAGED, Verdict.FOREIGN, Verdict.NEWER, Verdict.UNREADABLE):
+            name = verdict.name.lower()
+            setattr(out.counts, name, getattr(out.counts, name) + sum(result.seen[verdict] for result in results))
+        done += found.segment.geometry.slots_per_segment
         now_s = time.monotonic()
         if now_s - reported_s >= _PROGRESS_S:
             reported_s = now_s
             log.event("scanning", slots=done, of=total, slots_per_s=round(done / (now_s - started_s)))
-    for one in found:
-        one.blocks.sort(key=lambda block: block.sequence)
-
-
-def _runs(slots: int) -> list[range]:
-    return [range(start, min(start + _RUN_SLOTS, slots)) for start in range(0, slots, _RUN_SLOTS)]
-
-
-def _scan_slots(segment: Segment, slots: range) -> _RunScan:
-    out = _RunScan(segment, slots, [], [], Counts())
-    seen = out.seen
-    page = scratch(PAGE_BYTES)
-    for slot in slots:
-        try:
-            segment.read_header(slot, page)
-        except OSError:
-            seen.unreadable += 1
-            continue
-        header = decode_slot(page)
-        if isinstance(header, SlotHeader) and _belongs(header, segment, slot):
-            out.blocks.append(FoundBlock(segment, slot, header.key, header.parent, header.payload_crc32c, header.sequence))
-        elif header is Unreadable.NEWER:
-            seen.newer += 1
-        else:
-            kind = header.name.lower() if isinstance(header, Unreadable) else "foreign"
-            setattr(seen, kind, getattr(seen, kind) + 1)
-            out.free.append(slot)
-    if seen.damaged or seen.foreign or seen.newer or seen.unreadable:
-        seen_bad = {"damaged": seen.damaged, "foreign": seen.foreign, "newer": seen.newer, "unreadable": seen.unreadable}
-        log.warning("slots_dropped", path=str(segment.path), slots=f"[{slots.start}, {slots.stop})", **seen_bad)
-    return out
-
-
-def _belongs(header: SlotHeader, segment: Segment, slot: int) -> bool:
-    place = (header.namespace, header.segment, header.slot, header.payload_bytes)
-    return place == (segment.namespace, segment.number, slot, segment.geometry.payload_bytes)
-
-
-def _last_sequences(found: list[FoundNamespace]) -> dict[int, int]:
-    """By disk, the highest sequence number on it."""
-    last: dict[int, int] = {}
-    for one in found:
-        for block in one.blocks:
-            disk = block.segment.disk
-            if block.sequence > last.get(disk, 0):
-                last[disk] = block.sequence
-    return last
-
-
-def _drop_torn(one: FoundNamespace, last: dict[int, int], pool: ThreadPoolExecutor, counts: Counts) -> None:
-    """Reads the payloads of the last blocks written to each disk; forgets and erases what is torn."""
-    recent = [block for block in one.blocks if block.sequence > last[block.segment.disk] - WINDOW]
-    wholes = pool.map(_whole, recent)
-    torn = {id(block) for block, whole in zip(recent, wholes, strict=True) if not whole}
-    if not torn:
-        return
-    for block in (block for block in recent if id(block) in torn):
-        counts.torn += 1
-        log.warning("slot_dropped", path=str(block.segment.path), slot=block.slot, reason="torn", key=block.key.hex())
-        if _erased(block.segment, block.slot):
-            one.free.append((block.segment, block.slot))
-    one.blocks = [block for block in one.blocks if id(block) not in torn]
-
-
-def _whole(block: FoundBlock) -> bool:
-    try:
-        block.segment.read_own(block.slot, block.checksum)
-    except (OSError, CorruptPayload):
-        return False
-    return True
-
-
-def _erased(segment: Segment, slot: int) -> bool:
-    try:
-        segment.erase(slot)
-        segment.sync()
-    except OSError:
-        return False
-    return True
-
-
-def _drop_duplicates(one: FoundNamespace, counts: Counts) -> None:
-    latest = {block.key: block for block in one.blocks}
-    for block in one.blocks:
-        if latest[block.key] is not block:
-            counts.duplicates += 1
-            one.free.append((block.segment, block.slot))
-    one.blocks = sorted(latest.values(), key=lambda block: block.sequence)
 
 
 def _is_namespace(name: str) -> bool:

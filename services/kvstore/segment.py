@@ -9,7 +9,9 @@
 Blocking calls raise `OSError`. With direct I/O every transfer is of aligned whole pages.
 """
 
+import asyncio
 import errno
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -58,6 +60,9 @@ class Segment:
         self._fd = fd
         self._reading_fd = -1
         self._direct = direct
+        self.written_s = -math.inf  # when a write to it began last, by the monotonic clock
+        self.changing = asyncio.Lock()  # held while its checkpoint is written or removed, or the file is
+        self.checkpointed = False  # a checkpoint lies beside the file: nothing may be written until it is discarded
 
     def __repr__(self) -> str:
         return f"Segment({self.path.name}, {'rw' if self.writable else 'ro'}, {'direct' if self._direct else 'buffered'})"
@@ -65,6 +70,10 @@ class Segment:
     def read_header(self, slot: int, page: memoryview) -> None:
         """Fills `page` (aligned) with the slot's header page."""
         self._read([page], self.geometry.slot_offset(slot))
+
+    def read_slots(self, slots: range, into: memoryview) -> None:
+        """Fills `into` (aligned) with the whole of consecutive slots."""
+        self._read([into], self.geometry.slot_offset(slots.start))
 
     def read_own(self, slot: int, checksum: int) -> memoryview:
         """The verified payload in this thread's scratch buffer, valid until its next call. Raises `CorruptPayload`."""
@@ -123,6 +132,7 @@ class Segment:
     def slot_write(self, slot: int, image: memoryview) -> Transfer:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
         assert len(image) == self.geometry.slot_bytes
+        assert not self.checkpointed, f"{self.path} is written to under its checkpoint"
         return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot))
 
     def sync_transfer(self) -> Transfer:
@@ -142,7 +152,8 @@ class Segment:
         self._files.sync(self._fd)
 
     def remove(self) -> None:
-        """Deletes the file and closes it; durable when this returns."""
+        """Deletes the file and closes it; durable when this returns. Its checkpoint must be gone."""
+        assert not self.checkpointed
         self._files.remove(self.path)
         self._files.sync_folder(self.path.parent)
         self.close()
@@ -160,6 +171,7 @@ class Segment:
             raise OSError(errno.EIO, f"short read of {got} of {wanted} bytes at {offset}", str(self.path))
 
     def _write(self, buffer: memoryview, offset: int) -> None:
+        assert not self.checkpointed, f"{self.path} is written to under its checkpoint"
         done = 0
         while done < len(buffer):
             wrote = self._files.write(self._fd, buffer[done:], offset + done)

@@ -12,10 +12,11 @@ from common.blocks import Namespace
 from common.disk.io_pool import IoPool
 from common.errors import Overloaded
 from common.logs import Log
+from services.kvstore import checkpoint
 from services.kvstore.disk import Disk
 from services.kvstore.files import Files
 from services.kvstore.record import SegmentHeader
-from services.kvstore.segment import Segment, create
+from services.kvstore.segment import Segment, create, file_name
 from services.kvstore.shelf import Shelf
 
 log = Log("space")
@@ -76,7 +77,8 @@ class SegmentFiles:
         disk.changing_bytes += segment.geometry.segment_bytes
         result: bool | BaseException
         try:
-            (result,) = await self._pool.submit([partial(_remove, segment)]).done
+            async with segment.changing:
+                (result,) = await self._pool.submit([partial(self._remove, segment)]).done
         except Overloaded as refused:
             result = refused
         finally:
@@ -88,7 +90,7 @@ class SegmentFiles:
         """`remove`, blocking; at start."""
         self._disks[segment.disk].segment_bytes -= segment.geometry.segment_bytes
         try:
-            segment.remove()
+            self._remove(segment)
         except OSError as error:
             self._keep(segment, error)
 
@@ -103,9 +105,11 @@ class SegmentFiles:
         if not folder.exists():
             self._files.make_folder(folder)
             self._files.sync_folder(folder.parent)
+        checkpoint.remove_leftover(self._files, folder / file_name(header.segment))
         return create(self._files, folder, header, direct=disk.direct, disk=disk.position)
 
-
-def _remove(segment: Segment) -> bool:
-    segment.remove()
-    return True
+    def _remove(self, segment: Segment) -> bool:
+        if segment.checkpointed:
+            checkpoint.discard(self._files, segment)
+        segment.remove()
+        return True

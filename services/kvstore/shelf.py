@@ -14,18 +14,17 @@ A slot number is `position * slots_per_segment + slot in the segment`. A segment
 segments of the namespace over all disks; the number in its file name counts those on its own disk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 
 import numpy as np
 
 from common.blocks import Namespace
+from services.kvstore.entries import Entries
 from services.kvstore.eviction import EvictionPolicy
 from services.kvstore.free_slots import FreeSlots
 from services.kvstore.index import Index
-from services.kvstore.key_table import words
 from services.kvstore.record import Geometry
-from services.kvstore.scan import FoundBlock
 from services.kvstore.segment import Segment
 from services.kvstore.write_item import WriteItem
 
@@ -149,29 +148,37 @@ class Shelf:
         """The header of a condemned block is gone, or (not usable) can't be erased."""
         self._vacate(slot, SlotState.ERASING, usable=usable)
 
-    def free(self, slot: int) -> None:
-        """While opening: nothing of use is in this slot."""
-        self._move(slot, SlotState.RETIRED, SlotState.FREE)
-        self._free.add(slot)
+    def free(self, slots: Iterable[int]) -> None:
+        """While a segment is taken in: nothing of use is in these slots."""
+        for slot in slots:
+            self._move(slot, SlotState.RETIRED, SlotState.FREE)
+            self._free.add(slot)
 
-    def store_found(self, found: Sequence[FoundBlock]) -> None:
-        """While opening: blocks were found, all different, in the order in which they were written."""
+    def store_found(self, found: Sequence[tuple[Segment, Entries]]) -> None:
+        """While opening: these blocks, all different, are in these segments."""
         starts = {id(segment): self.segment_slots(position).start for position, segment in self.segments.items()}
-        slots = np.array([starts[id(block.segment)] + block.slot for block in found], np.int32)
-        for slot in slots.tolist():
-            self._move(slot, SlotState.RETIRED, SlotState.STORED)
-        sequences = np.array([block.sequence for block in found], np.uint64)
-        self.index.insert_all(
-            slots,
-            words(b"".join(block.key for block in found)),
-            words(b"".join(block.parent for block in found)),
-            np.array([block.checksum for block in found], np.uint32),
-            sequences,
-            sequences,
-        )
-        for slot in slots.tolist():
-            if not self.place(slot)[0].writable:
-                self.index.pin(slot)
+        entries = np.concatenate([rows for _, rows in found])
+        slots = np.concatenate([rows["slot"].astype(np.int32) + starts[id(segment)] for segment, rows in found])
+        states = np.frombuffer(self._state, np.uint8)
+        assert (states[slots] == SlotState.RETIRED).all()
+        states[slots] = SlotState.STORED
+        order = np.lexsort((entries["sequence"], entries["tick"]))
+        self.index.insert_all(slots[order], entries[order])
+        for segment, rows in found:
+            if not segment.writable:
+                for slot in rows["slot"].tolist():
+                    self.index.pin(starts[id(segment)] + slot)
+
+    def entries(self, position: int) -> Entries | None:
+        """The blocks in a segment; None while there is a slot in it that is neither STORED nor FREE."""
+        slots = self.segment_slots(position)
+        states = np.frombuffer(self._state, np.uint8)[slots.start : slots.stop]
+        within = np.flatnonzero(states == SlotState.STORED)
+        if len(within) + int((states == SlotState.FREE).sum()) != len(slots):
+            return None
+        out = self.index.entries((within + slots.start).astype(np.int32))
+        out["slot"] = within
+        return out
 
     def lose(self, slots: range) -> int:
         """The disk under these slots is gone: their blocks are misses, and nothing is written there. How many blocks."""

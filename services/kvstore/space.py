@@ -201,8 +201,7 @@ class Space:
         segment = await self.segment_files.make(shelf, disk)
         if segment is None:
             return False
-        for slot in reversed(shelf.add_segment(segment)):
-            shelf.free(slot)
+        shelf.free(reversed(shelf.add_segment(segment)))
         return True
 
     async def _take_over(self, shelf: Shelf) -> bool:

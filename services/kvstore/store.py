@@ -10,7 +10,6 @@ Decisions are synchronous, on the event loop; whatever touches the disk runs in 
 """
 
 import asyncio
-import itertools
 import os
 import time
 from array import array
@@ -28,20 +27,22 @@ from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken
+from services.kvstore.checkpoints import Checkpoints
 from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
 from services.kvstore.disk_watch import DiskWatch
 from services.kvstore.files import Files
+from services.kvstore.found import FoundNamespace
 from services.kvstore.intake import Intake
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import PAYLOAD_BYTES_MAX
-from services.kvstore.scan import WINDOW, FoundNamespace, scan
+from services.kvstore.scan import WINDOW, scan
 from services.kvstore.segment import Segment
 from services.kvstore.shelf import Shelf
 from services.kvstore.space import Space
-from services.kvstore.writer import Writer
+from services.kvstore.writer import Outcome, SlotWrite, Writer
 
 log = Log("store")
 EPOCH_BYTES = 16
@@ -102,12 +103,13 @@ class Store:
             clock=clock,
             failed=lambda disk, error: self.watch.failed(disk, error),
         )
+        self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, lambda: 0)
         self.watch = DiskWatch(self._files, self.space, self.metrics)
-        self._ticks = itertools.count(1)  # goes on behind the sequences on disk, which stand for the uses before
+        self.writer = Writer(self.writers, durable=options.durable)
+        self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
         self._lease_ended = asyncio.Event()
         self._erasing: set[asyncio.Task[None]] = set()
-        self.writer = Writer(self.writers, next_sequence=1, durable=options.durable)
 
     @classmethod
     def open(
@@ -130,13 +132,13 @@ class Store:
 
     def _load(self) -> None:
         started_s = time.monotonic()
-        found, counts, last = scan(self._files, self.disks, threads=self.options.read_depth)
-        self._ticks = itertools.count(last + 1)
-        for one in found:
+        found = scan(self._files, self.disks, threads=self.options.read_depth)
+        counts = found.counts
+        for one in found.namespaces:
             for disk, numbers in one.unusable_numbers.items():
                 self.space.segment_files.unusable_numbers[disk, one.namespace] = numbers
             self._load_namespace(one)
-        self.writer = Writer(self.writers, next_sequence=last + 1, durable=self.options.durable)
+        self.writer.next_sequence = max(found.last_sequence, found.last_tick) + 1
         self.metrics.corrupt_blocks += counts.damaged + counts.foreign + counts.torn
         self.space.fit_budget()
         seconds = time.monotonic() - started_s
@@ -154,11 +156,11 @@ class Store:
         if one.geometry is None:
             return
         shelf = self.space.add_found(one.namespace, one.geometry, self._ticks)
-        first_slot = {id(segment): self.space.adopt(shelf, segment).start for segment in one.segments}
-        for segment, slot in reversed(one.free):
-            if segment.writable:
-                shelf.free(first_slot[id(segment)] + slot)
-        shelf.store_found(one.blocks)
+        for found in one.segments:
+            first = self.space.adopt(shelf, found.segment).start
+            if found.segment.writable:
+                shelf.free((first + found.free[::-1]).tolist())
+        shelf.store_found([(found.segment, found.entries) for found in one.segments])
 
     # Reading
 
@@ -204,7 +206,12 @@ class Store:
         usable = False
         if writable:
             try:
-                (result,) = await self.files_pool.submit([partial(_erase_slot, segment, within)]).done
+                refused = await self.checkpoints.open_for_writing([segment])
+                result: bool | BaseException
+                if refused:
+                    result = refused[segment]
+                else:
+                    (result,) = await self.files_pool.submit([partial(_erase_slot, segment, within)]).done
                 usable = result is True
                 if isinstance(result, BaseException):
                     self.io_failed(segment, result)
@@ -236,6 +243,12 @@ class Store:
             raise
         return Reserved(admissions, token, granted_s)
 
+    async def write(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
+        """Durable writes of slots that leases own; one outcome each."""
+        refused = await self.checkpoints.open_for_writing({write.segment for write in writes})
+        outcomes = iter(await self.writer.write([write for write in writes if write.segment not in refused]))
+        return [Outcome(0, refused[write.segment]) if write.segment in refused else next(outcomes) for write in writes]
+
     def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:
         self.metrics.dropped_writes += len(offers) if length is not None else 0
         return Reserved([Admission.INVALID if length is None else Admission.DROPPED] * len(offers), None, 0.0)
@@ -258,6 +271,7 @@ class Store:
             self.metrics.expired_leases += 1
             self._end(lease)
         self.space.forget_empty()
+        self.checkpoints.save_quiet()
 
     def _end(self, lease: Lease) -> None:
         assert not lease.ended
@@ -284,11 +298,13 @@ class Store:
         for lease in self.leases.drain():
             self._end(lease)
         await self.settle()
+        await self.checkpoints.save_all()
         return clean
 
     async def settle(self) -> None:
         """Waits for what the store does by itself: segments being made or removed, slots being erased."""
         await self.space.settle()
+        await self.checkpoints.settle()
         await self.watch.settle()
         while self._erasing:
             await asyncio.wait(self._erasing)

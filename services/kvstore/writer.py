@@ -39,9 +39,9 @@ class Outcome(msgspec.Struct, frozen=True):
 class Writer:
     """Writes batches of slots. Belongs to the event loop."""
 
-    def __init__(self, engine: Engine, *, next_sequence: int, durable: bool) -> None:
+    def __init__(self, engine: Engine, *, durable: bool) -> None:
         self._engine = engine
-        self._next = next_sequence
+        self.next_sequence = 1
         self._durable = durable
         self._open: dict[int, None] = {}  # sequence numbers in order
         self._entering = asyncio.Lock()
@@ -81,11 +81,11 @@ class Writer:
 
     async def _enter(self, count: int) -> range:
         async with self._entering:
-            while self._open and self._next + count - next(iter(self._open)) > WINDOW:
+            while self._open and self.next_sequence + count - next(iter(self._open)) > WINDOW:
                 self._room.clear()
                 await self._room.wait()
-            numbers = range(self._next, self._next + count)
-            self._next += count
+            numbers = range(self.next_sequence, self.next_sequence + count)
+            self.next_sequence += count
             self._open |= dict.fromkeys(numbers)
             return numbers
 

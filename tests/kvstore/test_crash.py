@@ -30,8 +30,13 @@ def small() -> StoreOptions:
 
 
 async def live(one: Rig, files: RecordingFiles) -> None:
-    """Fills the store, evicts, rewrites, gives segments away; marks what is committed after every step."""
-    for namespace, keys in CHAINS:
+    """Fills the store, evicts, rewrites, gives segments away; marks what is committed after every step.
+
+    After every second chain all segments get checkpoints, which the next writes take away again.
+    """
+    for i, (namespace, keys) in enumerate(CHAINS):
+        if i % 2:
+            await one.store.checkpoints.save_all()
         for batch in (keys[:2], keys[2:]):
             at = keys.index(batch[0])
             reserved = await one.store.reserve(namespace, _offers(keys, at, len(batch)), None)
@@ -127,8 +132,10 @@ async def test_every_crash_point_keeps_what_was_committed_and_serves_nothing_wro
     async with rig(origin, small(), files=files) as one:
         await live(one, files)
         assert one.store.metrics.evictions and one.store.metrics.segment_evictions
+        await one.store.drain(1.0)
     assert {step(event) for event in files.events} >= STEPS  # so that there is a crash before and after each of them
     files.close_all()
+    assert sum(event.kind == "rename" and event.target.endswith(".ckp") for event in files.events) > 8
     damaged = 0
     for crash, seed in itertools.product(range(len(files.events) + 1), range(2)):
         folder = tmp_path / "crashed"

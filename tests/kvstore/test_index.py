@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from services.kvstore.entries import ENTRY
 from services.kvstore.eviction import LeafLru
 from services.kvstore.index import Index
 from services.kvstore.key_table import words
@@ -201,6 +202,10 @@ def test_blocks_taken_in_together_are_as_if_taken_in_one_by_one(stored: list[byt
     assert dict(together.stored()) == dict(one_by_one.stored())
     for keys in KEYS:
         assert together.prefix(keys).tolist() == one_by_one.prefix(keys).tolist()
+    noted = together.entries(np.array(slots, np.int32))
+    assert [row.tobytes() for row in noted["key"]] == stored
+    assert [row.tobytes() for row in noted["parent"]] == [PARENT[key] for key in stored]
+    assert noted["sequence"].tolist() == noted["tick"].tolist() == list(range(len(stored)))
     assert set(evicted(together)) == set(stored)
 
 
@@ -220,7 +225,7 @@ def test_taken_in_together_blocks_that_claim_to_be_each_others_parents_can_still
 
 
 def take_in(index: Index, slots: list[int], keys: list[bytes], parents: list[bytes]) -> None:
-    numbers = np.arange(len(slots))
-    index.insert_all(
-        np.array(slots, np.int32), words(b"".join(keys)), words(b"".join(parents)), numbers, numbers, numbers.astype(np.uint64)
-    )
+    entries = np.zeros(len(slots), ENTRY)
+    entries["key"], entries["parent"] = words(b"".join(keys)), words(b"".join(parents))
+    entries["checksum"] = entries["sequence"] = entries["tick"] = np.arange(len(slots))
+    index.insert_all(np.array(slots, np.int32), entries)

@@ -1,0 +1,95 @@
+"""Blocks on disk as rows of an array: what header pages say, and what a checkpoint keeps of them.
+
+A row is an `Entry`: the block in one slot of one segment. Header pages are decoded many at a time; each is
+believed, or has a `Verdict` that says why it isn't.
+"""
+
+from enum import IntEnum
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from services.kvstore.record import PAGE_BYTES, SLOT_MAGIC, VERSION, Geometry
+
+Entries = npt.NDArray[np.void]  # rows of ENTRY
+Pages = npt.NDArray[np.uint8]  # [slot, PAGE_BYTES]
+TENANT_BYTES = 16
+
+ENTRY = np.dtype(
+    [
+        ("slot", "<u4"),  # within the segment
+        ("checksum", "<u4"),  # CRC-32C of the payload
+        ("sequence", "<u8"),
+        ("tick", "<u8"),  # the number of the write that came next when the block was last used
+        ("key", "<u8", (4,)),
+        ("parent", "<u8", (4,)),
+        ("tenant", "V16"),
+        ("expires_s", "<u4"),  # in seconds since 1970; 0: never
+        ("zero", "<u4"),
+    ]
+)
+
+# The slot page of record.py and docs/formats.md; SlotHeader is the same for a single one.
+_PAGE = np.dtype(
+    {
+        "names": [
+            "magic", "version", "flags", "namespace", "key", "parent", "sequence", "payload_bytes", "checksum", "slot", "segment",
+            "written_s", "keep_s", "tenant", "crc32c",
+        ],
+        "formats": [
+            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "V16", "<u4",
+        ],
+        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 136, 144, 152, PAGE_BYTES - 4],
+        "itemsize": PAGE_BYTES,
+    }
+)  # fmt: skip
+
+
+class Verdict(IntEnum):
+    """What a slot's header page is."""
+
+    BLOCK = 0
+    EMPTY = 1  # never written, or erased
+    DAMAGED = 2  # magic or checksum
+    NEWER = 3  # a version or flag of a later format
+    FOREIGN = 4  # of another namespace, place or size
+    UNREADABLE = 5
+
+
+class Believed:
+    """Entries of the pages that hold blocks, one verdict per page, and the latest time at which a block was written."""
+
+    def __init__(self, entries: Entries, verdicts: npt.NDArray[np.uint8], written_s: int) -> None:
+        self.entries = entries
+        self.verdicts = verdicts
+        self.written_s = written_s
+
+
+def believe(pages: Pages, namespace: bytes, geometry: Geometry, segment: int, first_slot: int) -> Believed:
+    """Decodes the header pages of consecutive slots of a segment."""
+    rows = pages.reshape(-1).view(_PAGE)
+    verdicts = np.full(len(rows), Verdict.BLOCK, np.uint8)
+    verdicts[rows["magic"] != np.void(SLOT_MAGIC)] = Verdict.DAMAGED
+    verdicts[rows["magic"] == np.void(bytes(8))] = Verdict.EMPTY
+    for i in np.flatnonzero(verdicts == Verdict.BLOCK).tolist():
+        if google_crc32c.value(pages[i, : PAGE_BYTES - 4]) != rows["crc32c"][i]:
+            verdicts[i] = Verdict.DAMAGED
+    sound = verdicts == Verdict.BLOCK
+    verdicts[sound & ((rows["version"] != VERSION) | (rows["flags"] != 0))] = Verdict.NEWER
+    slots = np.arange(first_slot, first_slot + len(rows))
+    belongs = (rows["namespace"] == np.void(namespace)) & (rows["segment"] == segment)
+    belongs &= (rows["slot"] == slots) & (rows["payload_bytes"] == geometry.payload_bytes)
+    verdicts[(verdicts == Verdict.BLOCK) & ~belongs] = Verdict.FOREIGN
+    blocks = rows[verdicts == Verdict.BLOCK]
+    return Believed(_entries(blocks), verdicts, int(blocks["written_s"].max(initial=0)))
+
+
+def _entries(rows: npt.NDArray[np.void]) -> Entries:
+    out = np.zeros(len(rows), ENTRY)
+    for name in ("slot", "checksum", "sequence", "key", "parent", "tenant"):
+        out[name] = rows[name]
+    out["tick"] = rows["sequence"]  # used when it was written
+    expires_s = np.minimum(rows["written_s"] + rows["keep_s"], 0xFFFF_FFFF)
+    out["expires_s"] = np.where(rows["keep_s"] == 0, 0, expires_s)
+    return out
