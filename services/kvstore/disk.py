@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
+from common.disk.pages import aligned
 from common.logs import Log
 from services.kvstore.budget import split
-from common.disk.pages import aligned
 from services.kvstore.files import PROBE_NAME, Files, FolderLock, direct_io_works
 from services.kvstore.identity import Claim, seat
 from services.kvstore.record import PAGE_BYTES, STORE_ID_BYTES, StoreIdentity, Unreadable, decode_store, encode_store

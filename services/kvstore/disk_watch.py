@@ -9,9 +9,9 @@ import asyncio
 import errno
 from functools import partial
 
+from common.disk.io_pool import IoPool
 from services.kvstore.disk import Disk, DiskState
 from services.kvstore.files import Files
-from common.disk.io_pool import IoPool
 from services.kvstore.metrics import Metrics
 from services.kvstore.space import Space
 

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from common.blocks import Namespace
+from common.disk.io_pool import IoPool
 from common.errors import Overloaded
 from common.logs import Log
 from services.kvstore.disk import Disk
 from services.kvstore.files import Files
-from common.disk.io_pool import IoPool
 from services.kvstore.record import SegmentHeader
 from services.kvstore.segment import Segment, create
 from services.kvstore.shelf import Shelf
