@@ -31,7 +31,6 @@ _COUNTERS = {
     "scrub_corrupt_blocks": "Blocks that the background scrub found bad; counted in corrupt_blocks too",
     "scrub_passes": "Passes of the background scrub that came to their end",
     "lost_blocks": "Blocks that became misses because their disk was lost",
-    "disk_errors": "I/O errors and passed deadlines that were counted against a disk",
     "rejected_parts": "Byte-plane parts refused: lease unknown or expired, item or range outside it",
     "expired_leases": "Leases that ran out",
 }
@@ -63,7 +62,6 @@ class Metrics:
         self.scrub_corrupt_blocks = 0
         self.scrub_passes = 0
         self.lost_blocks = 0
-        self.disk_errors = 0
         self.rejected_parts = 0
         self.expired_leases = 0
         self.read_s = Histogram(

@@ -30,6 +30,7 @@ from common.transport.server import serve_bytes
 from services.kvstore.admin import SERVICE as ADMIN_SERVICE
 from services.kvstore.admin import AdminService
 from services.kvstore.area import StoreArea
+from services.kvstore.gauges import DiskCollector, gauges
 from services.kvstore.options import StoreOptions
 from services.kvstore.scrub import Scrub
 from services.kvstore.service import SERVICE, KvStoreService
@@ -131,21 +132,8 @@ async def _listen(
 
 
 def _publish(settings: KvStoreSettings, store: Store, area: StoreArea, stack: AsyncExitStack) -> None:
-    store.metrics.publish(
-        lambda: {
-            "budget_bytes": ("Byte budget", store.space.budget_bytes),
-            "used_bytes": ("Bytes of segment files", store.space.used_bytes),
-            "blocks": ("Blocks stored", store.blocks),
-            "disks_serving": ("Data folders in full use", len(store.space.serving)),
-            "disks_failed": ("Data folders that are lost or take no writes", len(store.disks) - len(store.space.serving)),
-            "leases": ("Leases out", len(store.leases)),
-            "read_queue": ("Disk reads queued or running", store.readers.pending),
-            "write_queue": ("Disk writes and syncs queued or running", store.writers.pending),
-            "reserved_bytes": ("Space reserved and not yet written", store.intake.reserved_bytes),
-            "read_buffer_bytes": ("Read buffers in use", area.reads.buffers.taken_bytes),
-            "write_buffer_bytes": ("Write buffers in use", area.writes.buffers.taken_bytes),
-        }
-    )
+    store.metrics.publish(lambda: gauges(store, area))
+    store.metrics.registry.register(DiskCollector(store.disks))
     if not settings.metrics_port:
         return
     try:

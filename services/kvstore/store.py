@@ -102,7 +102,7 @@ class Store:
             clock=clock,
             failed=lambda disk, error: self.watch.failed(disk, error),
         )
-        self.watch = DiskWatch(self._files, self.space, self.metrics)
+        self.watch = DiskWatch(self._files, self.space)
         self._ticks = itertools.count(1)  # goes on behind the sequences on disk, which stand for the uses before
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
         self._lease_ended = asyncio.Event()
