@@ -42,6 +42,17 @@ class Reservation(msgspec.Struct, frozen=True):
     epoch: bytes
 
 
+class DiskInfo(msgspec.Struct, frozen=True):
+    """One data directory of a kvstore: serving, read_only or lost, and why."""
+
+    folder: str
+    state: str
+    problem: str
+    budget_bytes: int
+    used_bytes: int
+    errors: int
+
+
 class StoreInfo(msgspec.Struct, frozen=True):
     """Who a kvstore is, and its counters since it started. Sizes are in bytes."""
 
@@ -60,6 +71,7 @@ class StoreInfo(msgspec.Struct, frozen=True):
     read_bytes: int
     written_bytes: int
     leases: int
+    disks: tuple[DiskInfo, ...] = ()
 
 
 class KvStoreClient:
@@ -116,12 +128,17 @@ class KvStoreClient:
 
     async def describe(self, *, deadline_s: float | None = None) -> StoreInfo:
         pending = self._stub.Describe(pb.DescribeRequest(), timeout=deadline_s or self._deadline_s)
-        reply = cast(pb.StoreInfo, await rpc.call(pending, self.address))
-        plain = {name: getattr(reply, name) for name in StoreInfo.__struct_fields__ if name != "endpoint"}
-        return StoreInfo(endpoint=_endpoint(reply.endpoint), **plain)
+        return store_info(cast(pb.StoreInfo, await rpc.call(pending, self.address)))
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def store_info(message: pb.StoreInfo) -> StoreInfo:
+    """A kvstore's description of itself."""
+    plain = {name: getattr(message, name) for name in StoreInfo.__struct_fields__ if name not in ("endpoint", "disks")}
+    disks = tuple(DiskInfo(**{name: getattr(disk, name) for name in DiskInfo.__struct_fields__}) for disk in message.disks)
+    return StoreInfo(endpoint=_endpoint(message.endpoint), disks=disks, **plain)
 
 
 def _endpoint(message: pb.Endpoint) -> Endpoint:

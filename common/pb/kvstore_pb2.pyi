@@ -15,12 +15,21 @@ class Admission(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     IN_FLIGHT: _ClassVar[Admission]
     DROPPED: _ClassVar[Admission]
     INVALID: _ClassVar[Admission]
+
+class ScrubAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPORT: _ClassVar[ScrubAction]
+    START: _ClassVar[ScrubAction]
+    STOP: _ClassVar[ScrubAction]
 ADMISSION_UNSPECIFIED: Admission
 ACCEPTED: Admission
 PRESENT: Admission
 IN_FLIGHT: Admission
 DROPPED: Admission
 INVALID: Admission
+REPORT: ScrubAction
+START: ScrubAction
+STOP: ScrubAction
 
 class Endpoint(_message.Message):
     __slots__ = ("shm", "tcp", "grpc")
@@ -121,7 +130,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StoreInfo(_message.Message):
-    __slots__ = ("id", "epoch", "endpoint", "budget_bytes", "used_bytes", "blocks", "reads", "writes", "evictions", "corrupt_blocks", "dropped_writes", "draining", "read_bytes", "written_bytes", "leases")
+    __slots__ = ("id", "epoch", "endpoint", "budget_bytes", "used_bytes", "blocks", "reads", "writes", "evictions", "corrupt_blocks", "dropped_writes", "draining", "read_bytes", "written_bytes", "leases", "disks")
     ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +146,7 @@ class StoreInfo(_message.Message):
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
+    DISKS_FIELD_NUMBER: _ClassVar[int]
     id: str
     epoch: bytes
     endpoint: Endpoint
@@ -152,4 +162,146 @@ class StoreInfo(_message.Message):
     read_bytes: int
     written_bytes: int
     leases: int
-    def __init__(self, id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., reads: _Optional[int] = ..., writes: _Optional[int] = ..., evictions: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., dropped_writes: _Optional[int] = ..., draining: _Optional[bool] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., leases: _Optional[int] = ...) -> None: ...
+    disks: _containers.RepeatedCompositeFieldContainer[DiskInfo]
+    def __init__(self, id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., reads: _Optional[int] = ..., writes: _Optional[int] = ..., evictions: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., dropped_writes: _Optional[int] = ..., draining: _Optional[bool] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., disks: _Optional[_Iterable[_Union[DiskInfo, _Mapping]]] = ...) -> None: ...
+
+class DiskInfo(_message.Message):
+    __slots__ = ("folder", "state", "problem", "budget_bytes", "used_bytes", "errors")
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    folder: str
+    state: str
+    problem: str
+    budget_bytes: int
+    used_bytes: int
+    errors: int
+    def __init__(self, folder: _Optional[str] = ..., state: _Optional[str] = ..., problem: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., errors: _Optional[int] = ...) -> None: ...
+
+class StatRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatReply(_message.Message):
+    __slots__ = ("info", "namespaces", "counters", "scrub")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_FIELD_NUMBER: _ClassVar[int]
+    info: StoreInfo
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceInfo]
+    counters: _containers.ScalarMap[str, int]
+    scrub: ScrubReply
+    def __init__(self, info: _Optional[_Union[StoreInfo, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceInfo, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., scrub: _Optional[_Union[ScrubReply, _Mapping]] = ...) -> None: ...
+
+class NamespaceInfo(_message.Message):
+    __slots__ = ("namespace", "payload_bytes", "slot_bytes", "slots_per_segment", "segments", "blocks", "free_slots")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_PER_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    payload_bytes: int
+    slot_bytes: int
+    slots_per_segment: int
+    segments: int
+    blocks: int
+    free_slots: int
+    def __init__(self, namespace: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slots_per_segment: _Optional[int] = ..., segments: _Optional[int] = ..., blocks: _Optional[int] = ..., free_slots: _Optional[int] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    def __init__(self, key: _Optional[bytes] = ...) -> None: ...
+
+class BlockInfo(_message.Message):
+    __slots__ = ("namespace", "key", "parent", "sequence", "payload_bytes", "payload_crc32c", "path", "slot", "offset", "pinned")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_CRC32C_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    key: bytes
+    parent: bytes
+    sequence: int
+    payload_bytes: int
+    payload_crc32c: int
+    path: str
+    slot: int
+    offset: int
+    pinned: bool
+    def __init__(self, namespace: _Optional[str] = ..., key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., sequence: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload_crc32c: _Optional[int] = ..., path: _Optional[str] = ..., slot: _Optional[int] = ..., offset: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "coldest", "whole")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    COLDEST_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    keys: BlockKeys
+    coldest: int
+    whole: bool
+    def __init__(self, namespace: _Optional[str] = ..., keys: _Optional[_Union[BlockKeys, _Mapping]] = ..., coldest: _Optional[int] = ..., whole: _Optional[bool] = ...) -> None: ...
+
+class BlockKeys(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class EvictReply(_message.Message):
+    __slots__ = ("evicted", "kept", "freed_bytes")
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    evicted: int
+    kept: int
+    freed_bytes: int
+    def __init__(self, evicted: _Optional[int] = ..., kept: _Optional[int] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
+
+class ScrubRequest(_message.Message):
+    __slots__ = ("action",)
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    action: ScrubAction
+    def __init__(self, action: _Optional[_Union[ScrubAction, str]] = ...) -> None: ...
+
+class ScrubReply(_message.Message):
+    __slots__ = ("state", "blocks_done", "blocks_total", "bytes_done", "corrupt", "seconds", "bytes_per_s_max", "passes")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_DONE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_MAX_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    blocks_done: int
+    blocks_total: int
+    bytes_done: int
+    corrupt: int
+    seconds: float
+    bytes_per_s_max: int
+    passes: int
+    def __init__(self, state: _Optional[str] = ..., blocks_done: _Optional[int] = ..., blocks_total: _Optional[int] = ..., bytes_done: _Optional[int] = ..., corrupt: _Optional[int] = ..., seconds: _Optional[float] = ..., bytes_per_s_max: _Optional[int] = ..., passes: _Optional[int] = ...) -> None: ...

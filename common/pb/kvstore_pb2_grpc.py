@@ -270,3 +270,210 @@ class KvStore:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminStub:
+    """For operators. Every call is bounded: what may be long is done in steps that say what is left.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Stat = channel.unary_unary(
+                '/penstock.kvstore.v1.Admin/Stat',
+                request_serializer=kvstore__pb2.StatRequest.SerializeToString,
+                response_deserializer=kvstore__pb2.StatReply.FromString,
+                _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/penstock.kvstore.v1.Admin/Inspect',
+                request_serializer=kvstore__pb2.InspectRequest.SerializeToString,
+                response_deserializer=kvstore__pb2.BlockInfo.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/penstock.kvstore.v1.Admin/Evict',
+                request_serializer=kvstore__pb2.EvictRequest.SerializeToString,
+                response_deserializer=kvstore__pb2.EvictReply.FromString,
+                _registered_method=True)
+        self.Scrub = channel.unary_unary(
+                '/penstock.kvstore.v1.Admin/Scrub',
+                request_serializer=kvstore__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=kvstore__pb2.ScrubReply.FromString,
+                _registered_method=True)
+
+
+class AdminServicer:
+    """For operators. Every call is bounded: what may be long is done in steps that say what is left.
+    """
+
+    def Stat(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inspect(self, request, context):
+        """One block's place and header, as it is on disk. NOT_FOUND when it isn't stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Makes blocks misses, now and after a restart. Never one that is leased, or that a leased one hangs on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scrub(self, request, context):
+        """Starts or stops a pass of the background scrub, or only reports.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Stat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stat,
+                    request_deserializer=kvstore__pb2.StatRequest.FromString,
+                    response_serializer=kvstore__pb2.StatReply.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=kvstore__pb2.InspectRequest.FromString,
+                    response_serializer=kvstore__pb2.BlockInfo.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=kvstore__pb2.EvictRequest.FromString,
+                    response_serializer=kvstore__pb2.EvictReply.SerializeToString,
+            ),
+            'Scrub': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=kvstore__pb2.ScrubRequest.FromString,
+                    response_serializer=kvstore__pb2.ScrubReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'penstock.kvstore.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('penstock.kvstore.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin:
+    """For operators. Every call is bounded: what may be long is done in steps that say what is left.
+    """
+
+    @staticmethod
+    def Stat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kvstore.v1.Admin/Stat',
+            kvstore__pb2.StatRequest.SerializeToString,
+            kvstore__pb2.StatReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kvstore.v1.Admin/Inspect',
+            kvstore__pb2.InspectRequest.SerializeToString,
+            kvstore__pb2.BlockInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kvstore.v1.Admin/Evict',
+            kvstore__pb2.EvictRequest.SerializeToString,
+            kvstore__pb2.EvictReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kvstore.v1.Admin/Scrub',
+            kvstore__pb2.ScrubRequest.SerializeToString,
+            kvstore__pb2.ScrubReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

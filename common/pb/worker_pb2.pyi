@@ -176,20 +176,24 @@ class Leg(_message.Message):
     def __init__(self, first_block: _Optional[int] = ..., last_block: _Optional[int] = ..., source: _Optional[_Union[Source, str]] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("legs", "stored", "prefill", "kvstore", "order", "plan")
+    __slots__ = ("legs", "stored", "prefill", "kvstore", "order", "plan", "replicas", "replicated_blocks")
     LEGS_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     KVSTORE_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    REPLICATED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     legs: _containers.RepeatedCompositeFieldContainer[Leg]
     stored: StoredPrefix
     prefill: str
     kvstore: str
     order: Order
     plan: str
-    def __init__(self, legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., prefill: _Optional[str] = ..., kvstore: _Optional[str] = ..., order: _Optional[_Union[Order, str]] = ..., plan: _Optional[str] = ...) -> None: ...
+    replicas: _containers.RepeatedScalarFieldContainer[str]
+    replicated_blocks: int
+    def __init__(self, legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., prefill: _Optional[str] = ..., kvstore: _Optional[str] = ..., order: _Optional[_Union[Order, str]] = ..., plan: _Optional[str] = ..., replicas: _Optional[_Iterable[str]] = ..., replicated_blocks: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("start", "cancel")

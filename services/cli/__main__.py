@@ -22,6 +22,7 @@ COMMANDS = {
     "status": Command("services.cli.status", "what runs, where, and how loaded it is"),
     "explain": Command("services.cli.explain", "why a request took its route, and what it then took"),
     "chat": Command("services.cli.chat", "chat in the terminal; shows cached tokens and route per turn"),
+    "store": Command("services.cli.store", "look into a kvstore: stat, check, scrub, evict, dump-block"),
     "doctor": Command("services.cli.doctor", "check this machine; says what is wrong and how to mend it"),
     "make-model": Command("services.cli.make_model_command", "write a random-weight model directory, for benchmarks"),
 }

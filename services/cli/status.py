@@ -76,9 +76,7 @@ def load_in_words(member: Mapping[str, Any]) -> str:
     if store:
         used, budget = store.get("used_bytes", 0), store.get("budget_bytes", 0)
         share = f" ({used / budget:.0%})" if budget else ""
-        return (
-            f"{_size(used)} of {_size(budget)}{share}, {store.get('blocks', 0):,} blocks, {store.get('evictions', 0):,} evicted"
-        )
+        return f"{size(used)} of {size(budget)}{share}, {store.get('blocks', 0):,} blocks, {store.get('evictions', 0):,} evicted"
     if not load:
         return str(member.get("detail", ""))
     total, free = load.get("pool_blocks_total", 0), load.get("pool_blocks_free", 0)
@@ -91,7 +89,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

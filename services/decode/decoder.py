@@ -156,9 +156,11 @@ class Decoder:
         await live.over.wait()
 
     def _chain(self, live: Live, filled: Filled, let_go: Callable[[], None], staged: Sequence[int] = ()) -> Chain:
-        request = live.request
+        request, route = live.request, live.request.route
         known = [*request.prompt, *request.output]
-        return Chain(live.key, request.route.kvstore, request.chain_root, known, filled.stored_blocks, let_go, staged)
+        kvstores = (route.kvstore, *route.replicas) if route.kvstore else ()
+        stored_blocks = min(filled.stored_blocks, route.replicated_blocks) if route.replicas else filled.stored_blocks
+        return Chain(live.key, kvstores, request.chain_root, known, stored_blocks, let_go, staged)
 
     def _keep_staged(self, live: Live, filled: Filled) -> None:
         """A request that ended with prefill's token never enters the engine: its blocks are written back from the stage."""

@@ -12,7 +12,6 @@ from functools import partial
 from common.disk.io_pool import IoPool
 from services.kvstore.disk import Disk, DiskState
 from services.kvstore.files import Files
-from services.kvstore.metrics import Metrics
 from services.kvstore.space import Space
 
 PROBE_DEADLINE_S = 10.0
@@ -24,10 +23,9 @@ _NOT_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFAULT, errno.EINVAL, errno.E
 class DiskWatch:
     """Belongs to the event loop; probes run in threads of their own, one for each disk."""
 
-    def __init__(self, files: Files, space: Space, metrics: Metrics) -> None:
+    def __init__(self, files: Files, space: Space) -> None:
         self._files = files
         self._space = space
-        self._metrics = metrics
         self.probe_deadline_s = PROBE_DEADLINE_S
         self.pause_s = PAUSE_S
         self._pool = IoPool(len(space.disks), "kvstore-probe", len(space.disks))
@@ -38,7 +36,6 @@ class DiskWatch:
         if not isinstance(error, OSError) or error.errno in _NOT_THE_DISK or disk.state is DiskState.LOST:
             return
         disk.errors += 1
-        self._metrics.disk_errors += 1
         if disk.position not in self._probing:
             task = self._probing[disk.position] = asyncio.create_task(self._probe(disk))
             task.add_done_callback(lambda _: self._probing.pop(disk.position))

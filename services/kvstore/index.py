@@ -68,6 +68,10 @@ class Index:
         """Identifies one filling of a slot: it changes when the slot gets another block."""
         return self._sequences.view[slot]
 
+    def parent(self, slot: int) -> int | None:
+        """The slot of the block that this one hangs on; None when that isn't stored."""
+        return self._forest.parent(slot)
+
     def sequences(self, slots: Slots) -> Numbers:
         return self._sequences.array[slots]
 
@@ -164,6 +168,10 @@ class Index:
         if parent is not None and self._evictable(parent):
             self._policy.expose(parent, slot)
         return slot
+
+    def evictable(self, slot: int) -> bool:
+        """Whether there is a block in the slot that may go: no other hangs on it, and no pin is on it."""
+        return self._evictable(slot)
 
     def coldest_tick(self) -> int | None:
         """Last use of the block that `evict` would take."""

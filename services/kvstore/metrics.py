@@ -27,8 +27,12 @@ _COUNTERS = {
     "evictions": "Blocks evicted for space",
     "segment_evictions": "Blocks evicted because their segment went to another namespace or was over the budget",
     "corrupt_blocks": "Blocks dropped as damaged, torn or foreign",
+    "removed_blocks": "Blocks taken out at an operator's word",
+    "scrubbed_blocks": "Blocks read by the background scrub",
+    "scrubbed_bytes": "Bytes read by the background scrub, with headers and padding",
+    "scrub_corrupt_blocks": "Blocks that the background scrub found bad; counted in corrupt_blocks too",
+    "scrub_passes": "Passes of the background scrub that came to their end",
     "lost_blocks": "Blocks that became misses because their disk was lost",
-    "disk_errors": "I/O errors and passed deadlines that were counted against a disk",
     "rejected_parts": "Byte-plane parts refused: lease unknown or expired, item or range outside it",
     "expired_leases": "Leases that ran out",
 }
@@ -56,8 +60,12 @@ class Metrics:
         self.evictions = 0
         self.segment_evictions = 0
         self.corrupt_blocks = 0
+        self.removed_blocks = 0
+        self.scrubbed_blocks = 0
+        self.scrubbed_bytes = 0
+        self.scrub_corrupt_blocks = 0
+        self.scrub_passes = 0
         self.lost_blocks = 0
-        self.disk_errors = 0
         self.rejected_parts = 0
         self.expired_leases = 0
         self.read_s = Histogram(
@@ -69,6 +77,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+
+    def counters(self) -> dict[str, int]:
+        """All counters by name."""
+        return {name: getattr(self, name) for name in _COUNTERS}
 
     def publish(self, gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
         """Registers the counters and what `gauges` returns: name -> (help, value)."""

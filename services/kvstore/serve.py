@@ -27,8 +27,12 @@ from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Endpoint
 from common.transport.reception import Limits, Reception
 from common.transport.server import serve_bytes
+from services.kvstore.admin import SERVICE as ADMIN_SERVICE
+from services.kvstore.admin import AdminService
 from services.kvstore.area import StoreArea
+from services.kvstore.gauges import DiskCollector, gauges
 from services.kvstore.options import StoreOptions
+from services.kvstore.scrub import Scrub
 from services.kvstore.service import SERVICE, KvStoreService
 from services.kvstore.settings import KvStoreSettings
 from services.kvstore.store import Store
@@ -54,7 +58,9 @@ async def serve(settings: KvStoreSettings, stop: asyncio.Event) -> None:
         id_ = settings.id or f"kvstore-{store.epoch[:4].hex()}"
         tracing.setup("kvstore", id_, settings.otlp_endpoint)
         stack.callback(tracing.shutdown)
-        server, endpoint = await _listen(settings, store, area, id_, stack)
+        scrub = Scrub(store, bytes_per_s=settings.scrub_bytes_per_s, every_s=settings.scrub_every_s)
+        stack.push_async_callback(asyncio.to_thread, scrub.close)
+        server, endpoint = await _listen(settings, store, scrub, area, id_, stack)
         _publish(settings, store, area, stack)
 
         def record() -> MemberRecord:
@@ -65,7 +71,8 @@ async def serve(settings: KvStoreSettings, stop: asyncio.Event) -> None:
         stack.callback(announcing.cancel)
         await server.set_serving(True)
         log.event("ready", role="kvstore", id=id_, grpc=endpoint.grpc, endpoint=msgspec.to_builtins(endpoint))
-        await first_of(stop.wait(), _sweep(store))
+        upkeep = [_sweep(store), *([scrub.run()] if settings.scrub_bytes_per_s else [])]
+        await first_of(stop.wait(), *upkeep)
         store.draining = True
         announcer.changed()
         await server.set_serving(False)
@@ -96,7 +103,7 @@ def open_store(settings: KvStoreSettings) -> Store:
 
 
 async def _listen(
-    settings: KvStoreSettings, store: Store, area: StoreArea, id_: str, stack: AsyncExitStack
+    settings: KvStoreSettings, store: Store, scrub: Scrub, area: StoreArea, id_: str, stack: AsyncExitStack
 ) -> tuple[rpc.Server, Endpoint]:
     host = settings.advertise_host or settings.host
     reception = Reception(area, Limits(bytes_total_max=settings.write_buffer_bytes // 2))
@@ -106,6 +113,7 @@ async def _listen(
 
     def register(server: grpc.aio.Server) -> None:
         kvstore_pb2_grpc.add_KvStoreServicer_to_server(service, server)
+        kvstore_pb2_grpc.add_AdminServicer_to_server(AdminService(store, scrub, service), server)
         by_grpc.add_to(server)
 
     bytes_server = await serve_bytes(
@@ -116,7 +124,7 @@ async def _listen(
         reception=reception,
     )
     stack.push_async_callback(bytes_server.close)
-    server = await rpc.serve(settings.host, settings.port, [SERVICE, BYTES_SERVICE], register)
+    server = await rpc.serve(settings.host, settings.port, [SERVICE, ADMIN_SERVICE, BYTES_SERVICE], register)
     stack.push_async_callback(server.stop, 1.0)
     address = f"{host}:{server.address.rpartition(':')[2]}"
     endpoint = Endpoint(shm=bytes_server.endpoint.shm, tcp=bytes_server.endpoint.tcp, grpc=address)
@@ -124,21 +132,8 @@ async def _listen(
 
 
 def _publish(settings: KvStoreSettings, store: Store, area: StoreArea, stack: AsyncExitStack) -> None:
-    store.metrics.publish(
-        lambda: {
-            "budget_bytes": ("Byte budget", store.space.budget_bytes),
-            "used_bytes": ("Bytes of segment files", store.space.used_bytes),
-            "blocks": ("Blocks stored", store.blocks),
-            "disks_serving": ("Data folders in full use", len(store.space.serving)),
-            "disks_failed": ("Data folders that are lost or take no writes", len(store.disks) - len(store.space.serving)),
-            "leases": ("Leases out", len(store.leases)),
-            "read_queue": ("Disk reads queued or running", store.readers.pending),
-            "write_queue": ("Disk writes and syncs queued or running", store.writers.pending),
-            "reserved_bytes": ("Space reserved and not yet written", store.intake.reserved_bytes),
-            "read_buffer_bytes": ("Read buffers in use", area.reads.buffers.taken_bytes),
-            "write_buffer_bytes": ("Write buffers in use", area.writes.buffers.taken_bytes),
-        }
-    )
+    store.metrics.publish(lambda: gauges(store, area))
+    store.metrics.registry.register(DiskCollector(store.disks))
     if not settings.metrics_port:
         return
     try:

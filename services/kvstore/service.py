@@ -30,7 +30,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
 
     async def Lookup(self, request: pb.LookupRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.LookupReply:
         async with rpc.aborting(context, "Lookup"):
-            namespace = _namespace(request.namespace)
+            namespace = namespace_from_pb(request.namespace)
             _check_count("keys", len(request.keys))
             for i, key in enumerate(request.keys):
                 if len(key) != KEY_BYTES:
@@ -47,7 +47,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
 
     async def Reserve(self, request: pb.ReserveRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ReserveReply:
         async with rpc.aborting(context, "Reserve"):
-            namespace = _namespace(request.namespace)
+            namespace = namespace_from_pb(request.namespace)
             _check_count("blocks", len(request.blocks))
             offers = [BlockMeta(block.key, block.parent, block.length) for block in request.blocks]
             reserved = await self._store.reserve(namespace, offers, _seconds(request.lease_ms))
@@ -72,6 +72,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
         return pb.ReleaseReply()
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StoreInfo:
+        return self.info()
+
+    def info(self) -> pb.StoreInfo:
+        """What the store says of itself."""
         store, metrics = self._store, self._store.metrics
         return pb.StoreInfo(
             id=self._id,
@@ -89,13 +93,25 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
             read_bytes=metrics.read_bytes,
             written_bytes=metrics.written_bytes,
             leases=len(store.leases),
+            disks=[
+                pb.DiskInfo(
+                    folder=str(disk.folder),
+                    state=disk.state,
+                    problem=disk.problem,
+                    budget_bytes=disk.budget_bytes,
+                    used_bytes=disk.used_bytes,
+                    errors=disk.errors,
+                )
+                for disk in store.disks
+            ],
         )
 
     def _endpoint_pb(self) -> pb.Endpoint:
         return pb.Endpoint(**msgspec.structs.asdict(self._endpoint()))
 
 
-def _namespace(text: str) -> Namespace:
+def namespace_from_pb(text: str) -> Namespace:
+    """A namespace as it came in a request. Raises `InvalidRequest`."""
     if len(text) != 2 * KEY_BYTES or not _HEX.issuperset(text):
         raise InvalidRequest(f"namespace {text[:80]!r}: expected {2 * KEY_BYTES} lower-case hex digits", param="namespace")
     return Namespace(text)

@@ -59,6 +59,12 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     lease_s: Annotated[float, Meta(gt=0, le=3600, description="life of a lease whose holder asks for no time")] = 30.0
     lease_s_max: Annotated[float, Meta(gt=0, le=86_400, description="longest life of a lease between renewals")] = 600.0
     leases_max: Annotated[int, Meta(ge=1, description="leases at once; more are refused")] = 10_000
+    scrub_bytes_per_s: Annotated[
+        int, Meta(ge=0, description="what the background scrub may read; 0: no scrub, not even when asked for")
+    ] = 16 << 20
+    scrub_every_s: Annotated[
+        float, Meta(ge=0, description="time between two passes of the scrub over all blocks; 0: only when asked for")
+    ] = 86_400.0
     drain_s: Annotated[float, Meta(ge=0, description="how long a drain waits for leases to end")] = 5.0
     otlp_endpoint: Annotated[str, Meta(description="OpenTelemetry collector (http://host:port); empty: no traces")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log level")] = "info"

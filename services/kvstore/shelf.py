@@ -140,9 +140,16 @@ class Shelf:
         self._vacate(item.slot, SlotState.IN_FLIGHT, usable=not failed)
 
     def condemn(self, slot: int) -> None:
-        """A stored block turned out bad: it is a miss from now on. `erased` follows."""
+        """A stored block turned out bad, or isn't wanted: it is a miss from now on. `erased` follows."""
         self.index.remove(slot)
         self._move(slot, SlotState.STORED, SlotState.ERASING)
+
+    def condemn_coldest(self) -> int | None:
+        """Condemns the block that may best go; its slot, or None when none may."""
+        slot = self.index.evict()
+        if slot is not None:
+            self._move(slot, SlotState.STORED, SlotState.ERASING)
+        return slot
 
     def erased(self, slot: int, *, usable: bool) -> None:
         """The header of a condemned block is gone, or (not usable) can't be erased."""

@@ -192,6 +192,21 @@ class Space:
             if segment.disk == disk.position
         ]
 
+    async def clear(self, shelf: Shelf) -> tuple[int, int]:
+        """Removes every segment of a namespace in which, and under which, nothing is leased or on its way.
+
+        How many blocks went, and the bytes of the files.
+        """
+        async with self._changing:
+            before, freed_bytes = len(shelf.index), 0
+            for position, segment in list(shelf.segments.items()):
+                serving = self.disks[segment.disk].state is DiskState.SERVING and segment.writable
+                if serving and position in shelf.segments and _heat(shelf, position) is not None:
+                    removed = self._empty_segment(shelf, position)
+                    freed_bytes += removed.geometry.segment_bytes
+                    await self.segment_files.remove(removed)
+            return before - len(shelf.index), freed_bytes
+
     def adopt(self, shelf: Shelf, segment: Segment) -> range:
         """Takes a segment in; the numbers of its slots."""
         self.disks[segment.disk].segment_bytes += segment.geometry.segment_bytes

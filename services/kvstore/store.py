@@ -104,12 +104,12 @@ class Store:
             failed=lambda disk, error: self.watch.failed(disk, error),
         )
         self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, lambda: 0)
-        self.watch = DiskWatch(self._files, self.space, self.metrics)
+        self.watch = DiskWatch(self._files, self.space)
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
         self._lease_ended = asyncio.Event()
-        self._erasing: set[asyncio.Task[None]] = set()
+        self._erasing: set[asyncio.Task[bool]] = set()
 
     @classmethod
     def open(
@@ -194,30 +194,38 @@ class Store:
         if not writable:
             shelf.index.unpin(slot)
         shelf.condemn(slot)
-        task = asyncio.create_task(self._erase(shelf, slot, segment, within, writable))
-        self._erasing.add(task)
-        task.add_done_callback(self._erasing.discard)
+        self.erase(shelf, segment, [slot])
 
     def io_failed(self, segment: Segment, error: BaseException) -> None:
         """A read or write of a segment failed, or took too long: is it the disk?"""
         self.watch.failed(self.disks[segment.disk], error)
 
-    async def _erase(self, shelf: Shelf, slot: int, segment: Segment, within: int, writable: bool) -> None:
+    def erase(self, shelf: Shelf, segment: Segment, slots: Sequence[int]) -> "asyncio.Task[bool]":
+        """Makes condemned slots of one segment empty on disk, so that no start finds their blocks; whether it worked."""
+        task = asyncio.create_task(self._erase(shelf, segment, slots))
+        self._erasing.add(task)
+        task.add_done_callback(self._erasing.discard)
+        return task
+
+    async def _erase(self, shelf: Shelf, segment: Segment, slots: Sequence[int]) -> bool:
         usable = False
-        if writable:
+        if segment.writable:
+            within = [shelf.place(slot)[1] for slot in slots]
             try:
                 refused = await self.checkpoints.open_for_writing([segment])
                 result: bool | BaseException
                 if refused:
                     result = refused[segment]
                 else:
-                    (result,) = await self.files_pool.submit([partial(_erase_slot, segment, within)]).done
+                    (result,) = await self.files_pool.submit([partial(_erase_slots, segment, within)]).done
                 usable = result is True
                 if isinstance(result, BaseException):
                     self.io_failed(segment, result)
             except Overloaded:
                 usable = False
-        shelf.erased(slot, usable=usable)
+        for slot in slots:
+            shelf.erased(slot, usable=usable)
+        return usable
 
     # Writing
 
@@ -341,7 +349,8 @@ class Store:
         return problems
 
 
-def _erase_slot(segment: Segment, within: int) -> bool:
-    segment.erase(within)
+def _erase_slots(segment: Segment, slots: Sequence[int]) -> bool:
+    for slot in slots:
+        segment.erase(slot)
     segment.sync()
     return True

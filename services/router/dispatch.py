@@ -14,10 +14,11 @@ from common.pb import worker_pb2 as pb
 from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
 from services.router.generator import Generator, Work
-from services.router.placement import Route, pick_kvstore, route
+from services.router.lookup import Answer, look_up
+from services.router.placement import Route, route
 from services.router.policy.view import ClusterView, Query
 from services.router.policy.workers import Refusal, Why
-from services.router.stores import Found
+from services.router.rendezvous import ranked
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
 log = Log("dispatch")
@@ -65,11 +66,12 @@ class Dispatch:
             )
         if choice.output and choice.namespace != view.namespace:
             return Refusal(Why.UNAVAILABLE, "no decode worker has the weights this answer was begun with")
-        found, kvstore = await self._lookup(choice, view)
+        answer, kvstores = await self._lookup(choice, view)
+        found = answer.found
         query = Query(
             prompt_tokens=len(choice.prompt) + len(choice.output),
             stored_blocks=found.prefix.blocks if found else 0,
-            kvstore=kvstore,
+            kvstore=next(iter(kvstores), ""),
             avoid=choice.avoid,
             turn=next(self._generator.turns),
             moved=bool(choice.output),
@@ -80,7 +82,7 @@ class Dispatch:
         if isinstance(decision, Route) and latest.namespace == view.namespace:
             placed_at = decision.decode
             try:
-                self._start(choice, decision, found, view)
+                self._start(choice, decision, answer, kvstores[1:], view)
                 return None
             except (Unavailable, Overloaded) as error:
                 decision = Refusal(Why.UNAVAILABLE, error.message)
@@ -89,37 +91,32 @@ class Dispatch:
             self._generator.keeper.release(found)
         return decision if isinstance(decision, Refusal) else Refusal(Why.UNAVAILABLE, "the cluster changed its namespace")
 
-    async def _lookup(self, choice: Choice, view: ClusterView) -> tuple[Found | None, str]:
-        """The stored prefix, leased, and the store for this chain. Any failure is a miss."""
+    async def _lookup(self, choice: Choice, view: ClusterView) -> tuple[Answer, list[str]]:
+        """The stored prefix, leased, and the stores for this chain, best first. Any failure is a miss."""
         began = time.monotonic()
         root = chain_root(Namespace(view.namespace), self._work.salt)
         reusable = reusable_blocks(len(choice.prompt), view.block_tokens)
         leading = choice.prompt[: max(1, reusable) * view.block_tokens]
         big = len(leading) > INLINE_TOKENS_MAX
         keys = await self._generator.off_loop(big, lambda: block_keys(root, leading, view.block_tokens))
-        kvstore = pick_kvstore(keys[0] if keys else root, view.kvstores)
-        peer = self._generator.cluster.peer("kvstore", kvstore)
-        store = peer.store if peer is not None else None
-        if reusable == 0 or store is None:
-            return None, kvstore
+        keeper, settings, cluster = self._generator.keeper, self._generator.settings, self._generator.cluster
+        best = ranked(keys[0] if keys else root, view.kvstores)[: settings.replicas]
+        stores = [peer.store for address in best if (peer := cluster.peer("kvstore", address)) and peer.store]
+        kvstores = [store.address for store in stores]
+        if reusable == 0 or not stores:
+            return Answer(), kvstores
         self._generator.metrics.queried(len(choice.prompt))
-        keeper, settings = self._generator.keeper, self._generator.settings
-        try:
-            deadline_s = settings.lookup_timeout_ms / 1000
-            prefix = await store.lookup(Namespace(view.namespace), keys, keeper.lease_s, deadline_s=deadline_s)
-        except PenstockError as error:
-            log.warning("lookup_failed", request_id=self._work.id, kvstore=kvstore, reason=error.message)
+        answer = await look_up(stores, Namespace(view.namespace), keys, keeper, settings.lookup_timeout_ms / 1000)
+        for address, reason in answer.failures:
+            log.warning("lookup_failed", request_id=self._work.id, kvstore=address, reason=reason)
             self._generator.metrics.lookup_failed()
-            return None, kvstore
-        tracing.record("lookup", time.monotonic() - began, self._traceparent, blocks=prefix.blocks if prefix else 0)
-        if prefix is None:
-            return None, kvstore
-        found = Found(store, prefix)
-        keeper.hold(found)
-        return found, kvstore
+        blocks = answer.found.prefix.blocks if answer.found else 0
+        tracing.record("lookup", time.monotonic() - began, self._traceparent, blocks=blocks)
+        return answer, kvstores
 
-    def _start(self, choice: Choice, decision: Route, found: Found | None, view: ClusterView) -> None:
+    def _start(self, choice: Choice, decision: Route, answer: Answer, replicas: list[str], view: ClusterView) -> None:
         """Sends the choice to its worker and counts it there."""
+        found = answer.found
         peer = self._generator.cluster.peer("decode", decision.decode)
         if peer is None or peer.connection is None:
             raise Unavailable(f"decode worker {decision.decode}: not connected")
@@ -136,6 +133,8 @@ class Dispatch:
                 stored=found.to_pb() if found is not None and decision.legs else None,
                 prefill=decision.prefill,
                 kvstore=decision.kvstore,
+                replicas=replicas,
+                replicated_blocks=answer.replicated_blocks,
             ),
             deadline_ms=int(remaining_s * 1000) + 1,
             chain_root=chain_root(Namespace(view.namespace), self._work.salt),

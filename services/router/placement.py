@@ -7,12 +7,10 @@ are seconds on one monotonic clock. The rules, in the order they apply (docs/dua
 2. Candidates: every plan that may be used, over every pair of the shortlist, with its estimated finish
    (`policy/estimates.py`), but for those that would cost decode's running requests too much (`policy/candidates.py`).
 3. Choice: the earliest finish; of those within the error band of it, the one that costs least.
-4. kvstore: rendezvous hashing of the chain's first block key, so that every router and every turn
-   of a conversation names the same store, and a store's loss moves only its own chains.
+4. kvstore: rendezvous hashing of the chain's first block key (`rendezvous.py`), before the lookup.
 """
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
@@ -74,11 +72,6 @@ def route(query: Query, view: ClusterView, now: float, settings: PolicySettings 
     chosen, why = choose(found, settings)
     decode = next(one for one in listed if one.worker.address == chosen.decode)
     return Route(query.kvstore, f"{why}; decode {decode.worker.id}: {decode.reason}", chosen, tuple(found))
-
-
-def pick_kvstore(first_key: bytes, kvstores: Sequence[str]) -> str:
-    """Rendezvous hashing: the store with the highest hash of (store, key); empty when there is none."""
-    return max(kvstores, key=lambda address: hashlib.sha256(address.encode() + b"\0" + first_key).digest(), default="")
 
 
 def cluster_namespace(namespaces: Iterable[str], current: str) -> str:

@@ -33,6 +33,9 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     lookup_timeout_ms: Annotated[int, Meta(ge=1, description="how long to wait for the kvstore before treating it as a miss")] = (
         200
     )
+    replicas: Annotated[
+        int, Meta(ge=1, le=8, description="kvstores that keep each chain; more than 1 outlives the loss of a store's disks")
+    ] = 1
     lease_s: Annotated[float, Meta(ge=1, le=3600, description="life of a lookup's lease between renewals")] = 30.0
     plans: Annotated[
         tuple[Plan, ...], Meta(description="plans that requests may take (docs/dualpath.md); recompute always may be")

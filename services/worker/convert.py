@@ -60,6 +60,8 @@ def decode_request(start: pb.Start) -> DecodeRequest:
             stored,
             start.route.prefill,
             start.route.kvstore,
+            tuple(start.route.replicas),
+            start.route.replicated_blocks,
         ),
         deadline_s=start.deadline_ms / 1e3,
         chain_root=ChainRoot(start.chain_root),

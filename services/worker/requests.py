@@ -11,13 +11,18 @@ from services.worker.loading import Stored
 
 
 class Route(msgspec.Struct, frozen=True):
-    """The router's decision. `prefill` and `kvstore` are host:port, empty for none; no leg covers: computed."""
+    """The router's decision. `prefill` and `kvstore` are host:port, empty for none; no leg covers: computed.
+
+    New blocks go to `kvstore` and to the `replicas`, which all hold the first `replicated_blocks` blocks already.
+    """
 
     legs: tuple[Leg, ...] = ()
     order: Order = Order.FORWARD
     stored: Stored | None = None
     prefill: str = ""
     kvstore: str = ""
+    replicas: tuple[str, ...] = ()
+    replicated_blocks: int = 0
 
 
 class StageLease(msgspec.Struct, frozen=True):

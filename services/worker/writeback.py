@@ -3,7 +3,7 @@
 A `Chain` follows one sequence:
 
 1. `offer` says how many leading tokens are computed; newly full blocks go into a bounded lane.
-2. The lane asks the kvstore which of them it wants, encodes those out of the pool into a few stage
+2. The lane asks the chain's kvstores which of them they want, encodes those out of the pool into a few stage
    slots kept for this, and sends them, parents first.
 3. A full lane, a refusal, values that the codec can't store or any failure drops the rest of that chain: a block without its parent
    would never be found.
@@ -11,9 +11,12 @@ A `Chain` follows one sequence:
 """
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
+
+import msgspec
 
 from common.blocks import BlockKey, ChainRoot, Namespace, extend_keys
 from common.clients.kvstore import Admission, BlockMeta, Reservation
@@ -30,26 +33,29 @@ from services.worker.stage import Stage
 
 log = Log("writeback")
 WRITE_DEADLINE_S = 10.0
+SEND_DEADLINE_S = 6.0  # shorter: one kvstore that hangs must not take the others' copies with it
 
 
 class Chain:
-    """The blocks of one sequence on their way to a kvstore, out of the engine's pool or out of `staged` slots.
+    """The blocks of one sequence on their way to its kvstores, out of the engine's pool or out of `staged` slots.
 
     Invariant: `done <= offered <= full blocks of tokens`; blocks `[0, done)` are stored or given up.
+    A kvstore that lacks one of them gets no more of this chain: they would never be found there.
     """
 
     def __init__(
-        self, sequence_id: str, kvstore: str, root: ChainRoot, tokens: list[int], stored_blocks: int, let_go: Callable[[], None],
+        self, sequence_id: str, kvstores: Sequence[str], root: ChainRoot, tokens: list[int], stored_blocks: int, let_go: Callable[[], None],
         staged: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.sequence_id = sequence_id
         self.let_go = let_go  # called once, when the sequence is over and nothing of it is pending
         self.staged = staged  # stage slots that hold the blocks, of a sequence that never entered the engine
-        self.kvstore = kvstore
+        self.kvstores = list(kvstores)  # that hold all of [0, done), the chain's own one first
+        self.lane = next(iter(kvstores), "")
         self.tokens = tokens  # prompt and output; the request appends to it
         self.offered = stored_blocks
         self.done = stored_blocks
-        self.dropped = not kvstore
+        self.dropped = not kvstores
         self.over = False
         self._root = root
         self._keys: list[BlockKey] = []
@@ -72,7 +78,7 @@ class Chain:
 
 
 class Writer:
-    """Sends filled blocks to the kvstores, one lane per kvstore.
+    """Sends filled blocks to the kvstores, one lane for the chains that have the same one first.
 
     At most `pending_max` blocks wait at a time: they may be all that a finished sequence still holds of the pool.
     """
@@ -104,7 +110,7 @@ class Writer:
         full = min(computed_tokens, len(chain.tokens)) // self._block_tokens
         if chain.dropped or full <= chain.offered:
             return
-        lane = self._lane(chain.kvstore)
+        lane = self._lane(chain.lane)
         if self.pending_blocks + full - chain.offered > self._pending_max:
             self._drop(chain, "queue full")
             return
@@ -115,7 +121,7 @@ class Writer:
     def preempted(self, chain: Chain) -> None:
         """The pool lost the sequence's blocks; those not written yet are offered again when recomputed."""
         if not chain.dropped:
-            self._lane(chain.kvstore).blocks -= chain.offered - chain.done
+            self._lane(chain.lane).blocks -= chain.offered - chain.done
             chain.offered = chain.done
 
     def finish(self, chain: Chain) -> None:
@@ -158,7 +164,7 @@ class Writer:
 
     def _drop(self, chain: Chain, reason: str) -> None:
         lost = chain.offered - chain.done
-        self._lane(chain.kvstore).blocks -= lost
+        self._lane(chain.lane).blocks -= lost
         self.dropped_blocks += lost
         chain.dropped = True
         log.debug("blocks_dropped", sequence=chain.sequence_id, blocks=lost, reason=reason)
@@ -173,7 +179,7 @@ class Writer:
                 async with asyncio.timeout(WRITE_DEADLINE_S):
                     written = await self._write(chain, first, last)
             except (PenstockError, TimeoutError) as error:
-                log.warning("write_failed", kvstore=chain.kvstore, reason=str(error) or "deadline")
+                log.warning("write_failed", kvstores=chain.kvstores, reason=str(error) or "deadline")
                 written = False
             if chain.dropped or chain.offered < last:
                 continue  # shed or preempted meanwhile
@@ -181,51 +187,80 @@ class Writer:
                 self._drop(chain, "not accepted")
                 return
             chain.done = last
-            self._lane(chain.kvstore).blocks -= last - first
+            self._lane(chain.lane).blocks -= last - first
             if chain.over and not chain.pending:
                 chain.let_go()
 
     async def _write(self, chain: Chain, first: int, last: int) -> bool:
-        """Whether blocks `[first, last)` are stored now."""
+        """Whether blocks `[first, last)` are stored now, in one kvstore at least."""
         keys = chain.keys(last, self._block_tokens)
         size = self._codec.bytes_per_block
         metas = [BlockMeta(keys[block], chain.parent_of(block), size) for block in range(first, last)]
-        store = self._stores.at(chain.kvstore)
-        reservation = await store.reserve(self._namespace, metas, WRITE_DEADLINE_S)
-        wanted = [i for i, admission in enumerate(reservation.admissions) if admission is Admission.ACCEPTED]
-        held = {Admission.ACCEPTED, Admission.PRESENT, Admission.IN_FLIGHT}
-        complete = all(admission in held for admission in reservation.admissions)
-        if not wanted or reservation.token is None:
-            return complete
-        blocks = [first + i for i in wanted]
+        copies = await asyncio.gather(*(self._reserve(kvstore, metas) for kvstore in chain.kvstores))
+        wanted = sorted({i for copy in copies for i in copy.wanted})
         try:
-            async with self._slots.lend(len(wanted)) as slots:
-                views = [self._stage.view(slot, 0, size) for slot in slots]
-                if chain.staged:
-                    await self._encode_staged([chain.staged[block] for block in blocks], views)
-                else:
-                    copies = list(zip(blocks, views, strict=True))
-                    await self._engine.call(lambda engine: _encode(engine, chain.sequence_id, copies))
-                statuses = await self._send(reservation, wanted, slots)
+            if wanted:
+                async with self._slots.lend(len(wanted)) as slots:
+                    await self._encode(chain, [first + i for i in wanted], [self._stage.view(slot, 0, size) for slot in slots])
+                    place = dict(zip(wanted, slots, strict=True))
+                    await asyncio.gather(*(self._send(copy, place) for copy in copies if copy.wanted))
         finally:
-            await store.release(reservation.token)
-        stored = sum(status is PartStatus.OK for status in statuses)
-        self.written_blocks += stored
-        self.written_bytes += stored * size
-        return complete and stored == len(wanted)
+            await asyncio.gather(*(self._release(copy) for copy in copies))
+        chain.kvstores = [copy.kvstore for copy in copies if copy.complete]
+        return bool(chain.kvstores)
+
+    async def _reserve(self, kvstore: str, metas: Sequence[BlockMeta]) -> "_Copy":
+        try:
+            reservation = await self._stores.at(kvstore).reserve(self._namespace, metas, WRITE_DEADLINE_S)
+        except PenstockError as error:
+            log.warning("reserve_failed", kvstore=kvstore, reason=error.message)
+            return _Copy(kvstore, None, [], complete=False)
+        held = {Admission.ACCEPTED, Admission.PRESENT, Admission.IN_FLIGHT}
+        wanted = [i for i, admission in enumerate(reservation.admissions) if admission is Admission.ACCEPTED]
+        return _Copy(kvstore, reservation, wanted, complete=all(admission in held for admission in reservation.admissions))
+
+    async def _release(self, copy: "_Copy") -> None:
+        if copy.reservation is not None and copy.reservation.token:
+            with contextlib.suppress(PenstockError):  # it ends with its time
+                await self._stores.at(copy.kvstore).release(copy.reservation.token)
+
+    async def _encode(self, chain: Chain, blocks: Sequence[int], views: Sequence[memoryview]) -> None:
+        if chain.staged:
+            await self._encode_staged([chain.staged[block] for block in blocks], views)
+        else:
+            copies = list(zip(blocks, views, strict=True))
+            await self._engine.call(lambda engine: _encode(engine, chain.sequence_id, copies))
 
     async def _encode_staged(self, staged: Sequence[int], views: Sequence[memoryview]) -> None:
         for slot, view in zip(staged, views, strict=True):
             self._codec.encode(self._stage.view(slot), view)
             await asyncio.sleep(0)  # let others in after each block
 
-    async def _send(self, reservation: Reservation, items: Sequence[int], slots: Sequence[int]) -> list[PartStatus]:
-        assert reservation.token is not None
-        transport = self._transports.transport(reservation.endpoint)
+    async def _send(self, copy: "_Copy", place: Mapping[int, int]) -> None:
+        """Sends what one kvstore wants; `place[i]` is the slot of item i. What fails makes the copy incomplete."""
+        assert copy.reservation is not None
         size = self._codec.bytes_per_block
-        parts = [Part(item, 0, size) for item in items]
-        spans = [self._stage.span(slot, 0, size) for slot in slots]
-        return await transport.write(reservation.token, parts, spans, deadline_s=WRITE_DEADLINE_S)
+        parts = [Part(item, 0, size) for item in copy.wanted]
+        spans = [self._stage.span(place[item], 0, size) for item in copy.wanted]
+        try:
+            transport = self._transports.transport(copy.reservation.endpoint)
+            statuses = await transport.write(copy.reservation.token, parts, spans, deadline_s=SEND_DEADLINE_S)
+        except PenstockError as error:
+            log.warning("write_failed", kvstore=copy.kvstore, reason=error.message)
+            statuses = []
+        stored = sum(status is PartStatus.OK for status in statuses)
+        self.written_blocks += stored
+        self.written_bytes += stored * size
+        copy.complete = copy.complete and stored == len(copy.wanted)
+
+
+class _Copy(msgspec.Struct):
+    """One kvstore's part in a batch: which blocks it wants, and whether it has all of them."""
+
+    kvstore: str
+    reservation: Reservation | None
+    wanted: list[int]
+    complete: bool
 
 
 def _encode(engine: Engine, sequence_id: str, copies: Sequence[tuple[int, memoryview]]) -> None:

@@ -161,6 +161,8 @@ class ScriptedStore(kv_grpc.KvStoreServicer):
         blocks = min(self.blocks, len(request.keys))
         if not blocks:
             return kv.LookupReply()
+        if not request.lease:
+            return kv.LookupReply(blocks=blocks)
         token = os.urandom(16)
         self.leases.add(token)
         return kv.LookupReply(blocks=blocks, token=token, ttl_ms=request.lease_ms, epoch=b"e" * 16)

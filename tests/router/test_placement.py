@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.routes import Leg, Order, Plan, Source
-from services.router.placement import Route, cluster_namespace, pick_kvstore, route
+from services.router.placement import Route, cluster_namespace, route
 from services.router.policy.candidates import SMALL_S, direct_tail_tokens
 from services.router.policy.plans import PLANS, SHAPES
 from services.router.policy.settings import Z_FACTOR, PolicySettings, Scheduler
@@ -306,19 +306,6 @@ def test_the_same_view_gives_the_same_route_whatever_its_order(case: tuple[Query
     query, cluster = case
     turned = msgspec.structs.replace(cluster, decodes=cluster.decodes[::-1], prefills=cluster.prefills[::-1])
     assert route(query, cluster, 5.0, settings) == route(query, turned, 5.0, settings)
-
-
-@given(st.binary(min_size=32, max_size=32), st.lists(st.uuids().map(str), min_size=2, max_size=8, unique=True))
-def test_losing_a_kvstore_moves_only_its_own_chains(key: bytes, stores: list[str]) -> None:
-    chosen = pick_kvstore(key, stores)
-    assert chosen == pick_kvstore(key, stores[::-1])
-    for lost in stores:
-        if lost != chosen:
-            assert pick_kvstore(key, [store for store in stores if store != lost]) == chosen
-
-
-def test_without_a_kvstore_none_is_named() -> None:
-    assert pick_kvstore(b"k" * 32, ()) == ""
 
 
 def test_the_namespace_of_most_workers_is_the_clusters_and_a_tie_changes_nothing() -> None:
