@@ -124,6 +124,7 @@ class Peer:
             "tokens": self.account.tokens,
             "queued_tokens": self.account.compute.left(now),
             "prefill_tokens_per_s": info.load.prefill_tokens_per_s,
+            "prefill_step_s": info.load.prefill_step_s,
             **{name: link(backlog) for name, backlog in self.account.links.items()},
             "stage_slots_free": info.load.stage_slots_free,
             "stage_slots_total": info.load.stage_slots_total,
