@@ -57,6 +57,7 @@ class MemberLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     peer_write_bytes_per_s: float = 0.0
     peer_write_queue_bytes: int = 0
     queued_tokens: int = 0
+    prefill_step_s: float = 0.0
 
 
 class MemberRecord(msgspec.Struct, frozen=True, omit_defaults=True):

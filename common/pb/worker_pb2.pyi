@@ -68,7 +68,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, role: _Optional[str] = ..., id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., block_tokens: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., bytes_endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., codec: _Optional[str] = ..., stored_bytes_per_block: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes", "peer_read_bytes_per_s", "peer_read_queue_bytes", "peer_write_bytes_per_s", "peer_write_queue_bytes", "queued_tokens")
+    __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes", "peer_read_bytes_per_s", "peer_read_queue_bytes", "peer_write_bytes_per_s", "peer_write_queue_bytes", "queued_tokens", "prefill_step_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class Load(_message.Message):
     PEER_WRITE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     PEER_WRITE_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_STEP_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tokens: int
@@ -99,7 +100,8 @@ class Load(_message.Message):
     peer_write_bytes_per_s: float
     peer_write_queue_bytes: int
     queued_tokens: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., pool_blocks_free: _Optional[int] = ..., pool_blocks_total: _Optional[int] = ..., stage_slots_free: _Optional[int] = ..., stage_slots_total: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., read_queue_bytes: _Optional[int] = ..., peer_read_bytes_per_s: _Optional[float] = ..., peer_read_queue_bytes: _Optional[int] = ..., peer_write_bytes_per_s: _Optional[float] = ..., peer_write_queue_bytes: _Optional[int] = ..., queued_tokens: _Optional[int] = ...) -> None: ...
+    prefill_step_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., pool_blocks_free: _Optional[int] = ..., pool_blocks_total: _Optional[int] = ..., stage_slots_free: _Optional[int] = ..., stage_slots_total: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., read_queue_bytes: _Optional[int] = ..., peer_read_bytes_per_s: _Optional[float] = ..., peer_read_queue_bytes: _Optional[int] = ..., peer_write_bytes_per_s: _Optional[float] = ..., peer_write_queue_bytes: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_step_s: _Optional[float] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("shm", "tcp", "grpc")

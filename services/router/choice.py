@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from common.clients.decode import DecodeConnection, Report, Step
+from common.clients.decode import DecodeConnection, Flow, Report, Step
 from common.errors import PenstockError
 from common.generation import FinishReason, Sampling, Token
+from services.router.account import Stay
 from services.router.decisions import Decision
 from services.router.detokenize import Detokenizer
 from services.router.peers import Peer
@@ -36,9 +37,22 @@ class Placement(msgspec.Struct):
     peer: Peer
     connection: DecodeConnection
     stream_id: str
-    tokens: int  # counted at the peer
-    prefill: Peer | None = None  # counted there until the first token
+    stay: Stay  # at the decode worker
+    prefill: Peer | None
+    prefill_stay: Stay | None  # until the first token
     found: Found | None = None
+
+
+def measured(report: Report, placement: Placement) -> None:
+    """What a request's bytes took tells of links that their workers have not reported on yet."""
+
+    def seen(**flows: Flow) -> dict[str, tuple[int, float]]:
+        return {link: (flow.bytes, flow.seconds) for link, flow in flows.items()}
+
+    placement.peer.account.measured(seen(storage=report.storage_to_decode))
+    if placement.prefill is not None:
+        moved = {"peer_read": report.decode_to_prefill, "peer_write": report.prefill_to_decode}
+        placement.prefill.account.measured(seen(storage=report.storage_to_prefill, **moved))
 
 
 class Choice:

@@ -18,6 +18,7 @@ from common.errors import DeadlineExceeded, Internal, PenstockError, Unavailable
 from common.logs import Log
 from common.membership import Seen, Watcher
 from common.pb import worker_pb2, worker_pb2_grpc
+from services.router.account import Stay
 from services.router.peers import Peer, PeerInfo, store_info, worker_info
 from services.router.placement import cluster_namespace
 from services.router.policy.corrections import Corrections
@@ -83,14 +84,13 @@ class Cluster:
             corrections=self.corrections.factors(now),
         )
 
-    def routed(self, estimate: Estimate, decode: Peer, prefill: Peer | None, tokens: int) -> None:
-        """A request of so many tokens was sent on its way: it is counted at its workers and on their links."""
+    def send(self, estimate: Estimate, decode: Peer, prefill: Peer | None, tokens: int) -> tuple[Stay, Stay | None]:
+        """Counts a request of so many tokens, which was sent on its way, at its workers and on their links."""
         now = time.monotonic()
-        decode.sent(estimate.of_decode(tokens), now)
-        if prefill is not None:
-            prefill.sent(estimate.of_prefill(), now)
         if estimate.legs:
             self.routed_at = now
+        at_prefill = prefill.account.send(estimate.of_prefill(), now) if prefill is not None else None
+        return decode.account.send(estimate.of_decode(tokens), now), at_prefill
 
     def context_tokens(self, own: int) -> int:
         """The longest prompt plus output that every serving decode worker takes."""

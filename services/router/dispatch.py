@@ -143,9 +143,9 @@ class Dispatch:
         )
         peer.connection.start(message, lambda step: self._arrived(choice, stream_id, step))
         tokens = len(choice.prompt) + len(choice.output)
-        placement = Placement(decision, peer, peer.connection, stream_id, tokens, found=found)
-        placement.prefill = self._generator.cluster.peer("prefill", decision.prefill) if decision.prefill else None
-        self._generator.cluster.routed(decision.estimate, peer, placement.prefill, tokens)
+        prefill = self._generator.cluster.peer("prefill", decision.prefill) if decision.prefill else None
+        stay, prefill_stay = self._generator.cluster.send(decision.estimate, peer, prefill, tokens)
+        placement = Placement(decision, peer, peer.connection, stream_id, stay, prefill, prefill_stay, found)
         choice.placement = placement
         choice.route = decision
         choice.namespace = view.namespace

@@ -30,7 +30,7 @@ from common.errors import (
 )
 from common.generation import FinishReason
 from common.logs import Log
-from services.router.choice import Choice, Delta, Placement
+from services.router.choice import Choice, Delta, Placement, measured
 from services.router.detokenize import Detokenizer
 from services.router.dispatch import Dispatch
 from services.router.generator import Generator, Work
@@ -158,14 +158,15 @@ class Generation:
         now = time.monotonic()
         if delta.tokens:
             self._g.learn(choice.decision, choice.last_report)
-            placement.peer.grown(len(delta.tokens))
-            placement.tokens += len(delta.tokens)
+            placement.stay.grown(len(delta.tokens))
             if before == 0:
                 self._first_token(choice, now)
             elif self._last_step_at < now:
                 self._g.metrics.inter_token(now - self._last_step_at, len(delta.tokens))
             self._last_step_at = now
             self._loaded(placement)
+        if step.report is not None:
+            measured(step.report, placement)
         if delta.finish is not None:
             self._leave(choice)
         return delta
@@ -179,9 +180,9 @@ class Generation:
 
     def _loaded(self, placement: Placement) -> None:
         """The prompt's KV is there: prefill is done, the lease is needed no more."""
-        if placement.prefill is not None:
-            placement.prefill.ended(placement.route.estimate.computed_tokens)
-            placement.prefill = None
+        placement.stay.loaded()
+        if placement.prefill_stay is not None:
+            placement.prefill_stay.ended()
         if placement.found is not None:
             self._g.keeper.loaded(placement.found)
 
@@ -194,7 +195,7 @@ class Generation:
             choice.decision.end(choice.finish, choice.last_report)
         placement.connection.cancel(placement.stream_id)
         self._loaded(placement)
-        placement.peer.ended(placement.tokens)
+        placement.stay.ended()
         if placement.found is not None:
             self._g.keeper.release(placement.found)
 

@@ -14,8 +14,8 @@ from common.clients.decode import DecodeConnection
 from common.clients.kvstore import KvStoreClient, StoreInfo
 from common.membership import MemberLoad, Seen
 from common.pb import worker_pb2
+from services.router.account import Account
 from services.router.backlog import Backlog
-from services.router.policy.estimates import Demand
 from services.router.policy.view import DecodeView, Link, PrefillView
 
 NATS_FRESH_S = 2.5  # two refreshes and a half: newer than that, a load over NATS spares the poll
@@ -53,19 +53,12 @@ class Peer:
         self.store: KvStoreClient | None = None
         self.seen: Seen | None = None
         self.full_until = 0.0
-        self.sequences_live = 0
-        self.tokens_live = 0
-        self._sequences_sent = 0  # since the last report
-        self._tokens_sent = 0
+        self.account = Account()
         self._heard_nats_at = 0.0
-        self._compute = Backlog()
-        self._storage = Backlog()
-        self._peer_read = Backlog()
-        self._peer_write = Backlog()
 
     def __repr__(self) -> str:
         state = "connected" if self.connected else f"lost ({self.problem})"
-        return f"<Peer {self.role} {self.address} {state} live={self.sequences_live}>"
+        return f"<Peer {self.role} {self.address} {state} live={self.account.sequences_live}>"
 
     @property
     def id(self) -> str:
@@ -85,7 +78,7 @@ class Peer:
         self.info = info
         self.problem = problem
         self.connected = True
-        self._reported(info)
+        self.account.report(info.load, time.monotonic())
 
     def heard(self, seen: Seen) -> None:
         """An announcement came over NATS. It counts as a load report only from the incarnation we are connected to."""
@@ -94,7 +87,7 @@ class Peer:
             return
         self.info = msgspec.structs.replace(self.info, load=seen.record.load, draining=seen.record.draining)
         self._heard_nats_at = time.monotonic()
-        self._reported(self.info)
+        self.account.report(seen.record.load, self._heard_nats_at)
 
     def lost(self, reason: str) -> None:
         self.connected = False
@@ -105,32 +98,11 @@ class Peer:
     def nats_fresh(self, now: float) -> bool:
         return now - self._heard_nats_at < NATS_FRESH_S
 
-    def sent(self, demand: Demand, now: float) -> None:
-        """A request was handed to this peer that asks so much of it."""
-        self.sequences_live += 1
-        self.tokens_live += demand.tokens
-        self._sequences_sent += 1
-        self._tokens_sent += demand.tokens
-        self._compute.pour(demand.computed_tokens, now)
-        self._storage.pour(demand.storage_bytes, now)
-        self._peer_read.pour(demand.peer_read_bytes, now)
-        self._peer_write.pour(demand.peer_write_bytes, now)
-
-    def grown(self, tokens: int) -> None:
-        self.tokens_live += tokens
-
-    def ended(self, tokens: int) -> None:
-        """A request that was `sent`, and may have `grown`, is over."""
-        self.sequences_live -= 1
-        self.tokens_live -= tokens
-        assert self.sequences_live >= 0 and self.tokens_live >= 0
-
     def decode_view(self, now: float, routed_at: float) -> DecodeView:
         assert self.info is not None
-        load = self.info.load
         return DecodeView(
-            sequences=max(self.sequences_live, load.running + load.waiting + self._sequences_sent),
-            pool_tokens=load.pool_blocks_total * self.info.block_tokens,
+            sequences=self.account.sequences,
+            pool_tokens=self.info.load.pool_blocks_total * self.info.block_tokens,
             full_until=self.full_until,
             **self._facts(self.info, now, routed_at),
         )
@@ -149,12 +121,11 @@ class Peer:
             "address": self.address,
             "id": info.id,
             "namespace": info.namespace,
-            "tokens": max(self.tokens_live, info.load.tokens + self._tokens_sent),
-            "queued_tokens": self._compute.left(now),
+            "tokens": self.account.tokens,
+            "queued_tokens": self.account.compute.left(now),
             "prefill_tokens_per_s": info.load.prefill_tokens_per_s,
-            "storage": link(self._storage),
-            "peer_read": link(self._peer_read),
-            "peer_write": link(self._peer_write),
+            "prefill_step_s": info.load.prefill_step_s,
+            **{name: link(backlog) for name, backlog in self.account.links.items()},
             "stage_slots_free": info.load.stage_slots_free,
             "stage_slots_total": info.load.stage_slots_total,
             "connected": self.usable,
@@ -175,15 +146,6 @@ class Peer:
             f"{words}{load.running} running, {load.waiting} waiting, {load.tokens} tokens, "
             f"{load.pool_blocks_total - load.pool_blocks_free} of {load.pool_blocks_total} blocks"
         )
-
-    def _reported(self, info: PeerInfo) -> None:
-        now, load = time.monotonic(), info.load
-        self._sequences_sent = 0
-        self._tokens_sent = 0
-        self._compute.report(load.queued_tokens, load.prefill_tokens_per_s, now)
-        self._storage.report(load.read_queue_bytes, load.read_bytes_per_s, now)
-        self._peer_read.report(load.peer_read_queue_bytes, load.peer_read_bytes_per_s, now)
-        self._peer_write.report(load.peer_write_queue_bytes, load.peer_write_bytes_per_s, now)
 
 
 def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:

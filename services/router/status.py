@@ -81,7 +81,7 @@ def member(peer: Peer) -> dict[str, Any]:
         "connected": peer.connected,
         "usable": peer.usable,
         "detail": peer.detail(),
-        "sequences_live": peer.sequences_live,
+        "sequences_live": peer.account.sequences_live,
     }
     if peer.info is not None:
         out |= {"epoch": peer.info.epoch, "namespace": peer.info.namespace, "draining": peer.info.draining}

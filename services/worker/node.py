@@ -116,6 +116,7 @@ class Node:
             stage_slots_free=self.stage.slots_free,
             stage_slots_total=self.stage.slots_total,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
+            prefill_step_s=load.prefill_step_s,
             read_bytes_per_s=self.reader.bytes_per_s,
             read_queue_bytes=self.reader.queued_bytes,
         )

@@ -121,7 +121,8 @@ class Cluster:
         self.counts = {"prefill": prefills, "decode": decodes}
         self.transport = transport
         self.worker_flags = [*worker_flags, "--dtype", dtype, "--block-tokens", str(block_tokens), "--threads", "1"]
-        self.router_flags = ["--scheduler", "paper", *router_flags]  # by rule: what is stored is loaded, however slow the machine
+        # Routes by rule, however slow the machine: what is stored is loaded, by decode for short tails, else by prefill.
+        self.router_flags = ["--scheduler", "paper", "--plans", "direct,storage_to_prefill,recompute", *router_flags]
         self.kvstore_flags = list(kvstore_flags)
         self.services: dict[str, Service] = {}
         self.addresses: dict[str, str] = {}

@@ -10,6 +10,7 @@ from common import rpc
 from common.membership import Announcer, MemberRecord
 from common.pb import worker_pb2 as pb
 from common.pb import worker_pb2_grpc as pb_grpc
+from common.routes import Plan
 from tests.common.test_membership import Nats
 from tests.router.conftest import Stack, StackMaker
 from tests.router.scripted import NAMESPACE, ScriptedDecode
@@ -62,7 +63,9 @@ async def until_members(stack: Stack, count: int) -> None:
 async def test_prompts_are_handed_to_prefill_by_length_and_store(start_stack: StackMaker) -> None:
     async with (
         ScriptedPrefill().running() as prefill,
-        start_stack(stores=1, prefill=(prefill.address,), direct_tail_tokens=32) as stack,
+        start_stack(
+            stores=1, prefill=(prefill.address,), direct_tail_tokens=32, plans=(Plan.DIRECT, Plan.STORAGE_TO_PREFILL)
+        ) as stack,
     ):
         await stack.complete(prompt=PROMPT)
         stack.stores[0].blocks = 2

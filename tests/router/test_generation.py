@@ -107,7 +107,7 @@ async def test_a_client_that_goes_cancels_at_decode_streaming_or_not(start_stack
             await asyncio.wait_for(stack.stores[0].released.get(), 10)
         assert not stack.stores[0].leases
         peer = stack.router._generator.cluster.of("decode")[0]
-        assert peer.sequences_live == 0 and peer.tokens_live == 0
+        assert peer.account.sequences_live == 0 and peer.account.tokens_live == 0
 
 
 async def test_a_full_router_refuses_at_once_with_retry_after(start_stack: StackMaker) -> None:

@@ -5,11 +5,13 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.membership import MemberLoad
 from common.routes import Plan, Source
+from services.router.account import Account
 from services.router.backlog import REPORT_LAG_S, Backlog
 from services.router.placement import Route, route
 from services.router.policy.corrections import CORRECTION_MAX, FORGET_S, Corrections
-from services.router.policy.estimates import claim
+from services.router.policy.estimates import Demand, claim
 from services.router.policy.rates import PRIOR_STORAGE_BYTES_PER_S, STALE_S, rates_of
 from services.router.policy.shares import Filler, level_s, share
 from services.router.policy.view import ClusterView, Link, Query
@@ -139,6 +141,50 @@ def test_what_was_sent_just_before_a_report_is_not_lost_to_it() -> None:
     backlog.pour(30, 10.0)
     backlog.report(0, 1.0, 10.0 + REPORT_LAG_S / 2)
     assert backlog.left(10.0 + REPORT_LAG_S / 2) == 30
+
+
+def test_a_pour_leaves_an_unmeasured_backlog_when_its_request_is_loaded() -> None:
+    backlog = Backlog()
+    first, second = backlog.pour(70, 9.0), backlog.pour(30, 10.0)
+    first.done()
+    first.done()
+    assert backlog.left(10.0) == 30
+    backlog.report(5, 0.0, 10.05)
+    assert backlog.left(11.0) == 35, "the report can't tell of the second"
+    second.done()
+    assert backlog.left(11.0) == 5
+    third = backlog.pour(8, 12.0)
+    backlog.report(6, 0.0, 13.0)
+    third.done()
+    assert backlog.left(13.0) == 6, "what the report tells of is the worker's to say"
+
+
+def test_a_request_tells_of_a_rate_until_its_worker_does() -> None:
+    backlog = Backlog()
+    backlog.measured(0, 1.0)
+    backlog.report(0, 0.0, 1.0)
+    assert backlog.per_s == 0
+    backlog.measured(100, 2.0)
+    backlog.measured(100, 1.0)
+    backlog.report(0, 0.0, 2.0)
+    assert backlog.per_s == 50
+    backlog.report(0, 80.0, 3.0)
+    assert backlog.per_s == 80
+
+
+def test_a_request_that_came_and_went_between_two_reports_is_not_counted() -> None:
+    account = Account()
+    account.report(MemberLoad(running=1, tokens=10), 1.0)
+    stay = account.send(Demand(tokens=100), 2.0)
+    stay.grown(5)
+    assert (account.sequences, account.tokens) == (2, 110)
+    stay.ended()
+    stay.ended()
+    assert (account.sequences, account.tokens) == (1, 10) and account.tokens_live == 0
+    late = account.send(Demand(tokens=100), 3.0)
+    account.report(MemberLoad(running=2, tokens=110), 4.0)
+    late.ended()
+    assert account.sequences == 2, "the report's, until the next"
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1e9), st.booleans()), max_size=30))

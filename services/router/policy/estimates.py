@@ -8,7 +8,8 @@ A prompt of T tokens has n leading blocks stored, of which decode still holds th
 - *Compute.* One worker computes tokens one after another at its measured speed, after those queued there.
 - *Filling.* The blocks [r, n) are shared out so that all sources of the plan are done at once (`shares.py`). With
   MEET, compute is one of the sources: the rates add up, but for the claim that a load has begun when they meet.
-- *First token.* What is not stored is computed when both the stored blocks are there and the worker is free.
+- *First token.* What is not stored is computed when both the stored blocks are there and the worker is free; the step
+  takes a little beside its tokens.
 - *Finish.* Whatever decode lacks has been handed over: beside the computing when layerwise, else after it.
 
 The estimate is this times the correction that finished requests have taught (`corrections.py`). What the
@@ -118,6 +119,7 @@ class Pair:
         self._tokens = query.prompt_tokens
         self._resident = query.resident.get(decode.address, 0)
         self._stored = max(query.stored_blocks, self._resident)
+        self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
         self._prefill = prefill.address if prefill else ""
         self._paths = {meets: Paths.of(rates, view, decode, prefill, bold=meets) for meets in (False, True)}
@@ -159,7 +161,7 @@ class Pair:
         start_s = max(load_s, max(filled, default=0.0), paths.compute.wait_s)
         if shape.meets:
             start_s += max(paths.load(leg.source).over_s(claim(leg.blocks)) for leg in legs if leg.source in shape.loads)
-        first_token_s = finish_s = start_s + paths.compute.over_s(tail)
+        first_token_s = finish_s = start_s + self._step_s + paths.compute.over_s(tail)
         order = Order.MEET if shape.meets else Order.FORWARD if self._settings.layerwise else Order.WHOLE
         if paths.peer_write is not None:
             begins_s = first_token_s if order is Order.WHOLE else 0.0

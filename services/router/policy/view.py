@@ -28,7 +28,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         tokens: held by all its sequences.
         queued_tokens: that wait to be computed.
-        prefill_tokens_per_s: 0: not measured.
+        prefill_tokens_per_s: 0: not measured. `prefill_step_s`: what a step takes beside its tokens.
         storage: what it reads from storage.
         peer_read: what prefill workers read out of a decode worker's stage: its outgoing side, or prefill's incoming one.
         peer_write: what prefill workers write into a decode worker's stage, likewise.
@@ -41,6 +41,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     queued_tokens: float = 0.0
     prefill_tokens_per_s: float = 0.0
+    prefill_step_s: float = 0.0
     storage: Link = Link()
     peer_read: Link = Link()
     peer_write: Link = Link()

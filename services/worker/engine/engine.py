@@ -28,13 +28,13 @@ from services.worker.engine.pool import BlockPool, pool_blocks
 from services.worker.engine.sampling import Sampled
 from services.worker.engine.scheduler import Chunk, Plan, Scheduler
 from services.worker.engine.sequence import Event, Sequence
+from services.worker.engine.speed import Speed
 from services.worker.engine.types import Claim, EngineLoad, LoadedKv, NewSequence, Phase, SequenceStep, StepResult
 from services.worker.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
 # Weight of the newest measurement of prefill speed.
-_RATE_WEIGHT = 0.3
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         self._claims: dict[int, Claim] = {}  # given out and not added yet, by id(); any thread
         self._ended: list[SequenceStep] = []  # finished outside a step, reported by the next one
         self._arrivals = 0
-        self._prefill_rate = 0.0
+        self._speed = Speed()
         self.blocked = False
 
     # -- what goes in
@@ -285,8 +285,7 @@ class Engine:
         tokens = sum(chunk.end - chunk.start for chunk in chunks)
         # Steps that mostly decode say nothing about prefill.
         if tokens >= 4 * len(chunks) and elapsed_s > 0:
-            rate = tokens / elapsed_s
-            self._prefill_rate += (rate - self._prefill_rate) * (_RATE_WEIGHT if self._prefill_rate else 1.0)
+            self._speed.measured(tokens, elapsed_s)
 
     @property
     def load(self) -> EngineLoad:
@@ -298,7 +297,8 @@ class Engine:
             pool_blocks_total=self.pool.allocator.total,
             pool_blocks_named=self.pool.allocator.named,
             preemptions=self._scheduler.preemptions,
-            prefill_tokens_per_s=self._prefill_rate,
+            prefill_tokens_per_s=self._speed.tokens_per_s,
+            prefill_step_s=self._speed.step_s,
         )
 
     @property

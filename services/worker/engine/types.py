@@ -115,6 +115,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     pool_blocks_named: int
     preemptions: int
     prefill_tokens_per_s: float
+    prefill_step_s: float = 0.0
 
 
 class StepResult(msgspec.Struct, frozen=True):
