@@ -33,8 +33,7 @@ class ForgetfulFiles(Files):
         self._unsynced: dict[int, dict[int, bytes]] = {}
 
     def ring(self, entries: int) -> Ring:
-        """None: every write must come by `write`, where it can be forgotten."""
-        raise RingUnavailable("writes must be seen to be forgotten")
+        raise RingUnavailable("the kernel would not forget what it was given")
 
     def write(self, fd: int, buffer: memoryview, offset: int) -> int:
         if offset % PAGE_BYTES:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from common.disk.pages import aligned
 from loadtest.crash.forgetful import ForgetfulFiles
 from loadtest.crash.ledger import BrokenPromise, Promise
 from loadtest.crash.life import Store, disk_bytes
 from loadtest.crash.plan import CARRIERS, Death, plan_of
-from services.kvstore.buffers import aligned
 from services.kvstore.record import PAGE_BYTES
 
 
