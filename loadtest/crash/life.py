@@ -13,6 +13,7 @@ from typing import Any
 
 from common.clients.kvstore import KvStoreClient
 from common.errors import PenstockError
+from common.process import PARENT_VARIABLE
 from loadtest.crash.ledger import BrokenPromise, Ledger, Promise
 from loadtest.crash.plan import Death, Plan
 from loadtest.crash.traffic import Traffic
@@ -40,7 +41,13 @@ class Store:
         forgetful = ["loadtest.crash.forgetful", plan.seed, "--"]
         module = forgetful if plan.death is Death.POWER else ["services.kvstore"]
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", *module, *flags, *self.flags, stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            *module,
+            *flags,
+            *self.flags,
+            stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
         )
 
     async def ready(self) -> str:

@@ -9,6 +9,7 @@ Both times include the lookup and the release.
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import uvloop
 
 from common.blocks import Namespace
 from common.clients.kvstore import KvStoreClient
+from common.process import PARENT_VARIABLE
 from common.storage import Admission, BlockMeta
 from common.transport.interface import Part, PartStatus, Span
 from common.transport.pool import TransportPool
@@ -42,7 +44,10 @@ class PenstockKvStore:
         self._carrier = ""  # that the last read came by
         self._region = Region(shape.blocks * shape.block_bytes)
         argv = ["--data", str(folder), "--run-dir", str(folder), "--budget-bytes", str(BUDGET_BYTES), *flags]
-        self._service = subprocess.Popen([sys.executable, "-m", "services.kvstore", *argv], stderr=subprocess.PIPE, text=True)
+        environ = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # it ends when we do
+        self._service = subprocess.Popen(
+            [sys.executable, "-m", "services.kvstore", *argv], stderr=subprocess.PIPE, text=True, env=environ
+        )
         try:
             self._runner.run(self._connect(self._address()))
         except BaseException:
