@@ -51,7 +51,7 @@ def test_a_plan_follows_from_its_seed_and_all_kinds_occur() -> None:
     plans = [plan_of(f"3/0/{life}") for life in range(200)]
     assert plans == [plan_of(f"3/0/{life}") for life in range(200)]
     assert {plan.death for plan in plans} == set(Death) and {plan.carrier for plan in plans} == set(CARRIERS)
-    assert {plan.while_starting for plan in plans} == {True, False}
+    assert {plan.while_starting for plan in plans} == {plan.warning_s is None for plan in plans} == {True, False}
 
 
 class Never(random.Random):
