@@ -54,6 +54,7 @@ class Contestant:
         self.put_blocks = 0
         self.read_blocks = 0
         self.wrong_blocks = 0
+        self.how = ""
         self._log = folder / f"{name}.log"
         argv = [str(python), "-P", "-m", MODULES[name], "--folder", str(folder / name)]
         for flag in ("blocks", "block_bytes", "seed"):
@@ -123,6 +124,7 @@ class Race:
             if round_ is None:
                 answer = one.ask("verify")
                 one.read_blocks, one.wrong_blocks = answer["right"], one.wrong_blocks + answer["wrong"]
+                one.how = answer["how"]
             else:
                 self._round(one, round_)
         except NotRun as why:
@@ -153,6 +155,7 @@ def summary(contestants: list[Contestant], reasons: dict[str, str]) -> dict[str,
     medians = {one.name: {name: statistics.median(values) for name, values in one.samples.items()} for one in contestants}
     for one in contestants:
         out |= {f"{one.name}_{name}_gb_per_s": round(value, 3) for name, value in medians[one.name].items()}
+        out[f"{one.name}_by"] = one.how
         out[f"{one.name}_accepted_blocks"] = one.put_blocks
         out[f"{one.name}_readable_blocks"] = one.read_blocks
         out[f"{one.name}_wrong_blocks"] = one.wrong_blocks

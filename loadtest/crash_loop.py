@@ -5,7 +5,7 @@
 Real kvstore processes, real writers and readers over gRPC and the byte plane. A life: the process is
 started, everything promised is read back, writers and readers work, SIGKILL comes. Half of the
 lives keep what was not synced in the process, so that their SIGKILL is a power cut; some are killed
-while they start. Several stores live side by side, each with a folder and a ledger of its own.
+while they start, some while they drain after SIGTERM (or end in time). Several stores live side by side, each with a folder and a ledger of its own.
 
 The promises:
 1. No byte is served that was not written (every read is compared).
@@ -30,7 +30,7 @@ from typing import Any
 
 from loadtest.crash.ledger import BrokenPromise, Ledger, Promise
 from loadtest.crash.life import Store, live
-from loadtest.crash.plan import Death, plan_of
+from loadtest.crash.plan import Death, Plan, plan_of
 
 BUDGET_BYTES = 8 << 20  # some 330 blocks: soon full, so that slots are written over all the time
 BAR = 30  # characters
@@ -44,7 +44,7 @@ class Loop:
         self.stores = [Store(folder / f"store{i}", BUDGET_BYTES, flags) for i in range(stores)]
         self._seed = seed
         self._kills = kills
-        self._begun = 0
+        self._living = 0
 
     async def run(self) -> None:
         """Raises `BrokenPromise`."""
@@ -59,15 +59,23 @@ class Loop:
         store.folder.mkdir(parents=True)
         ledger = Ledger(random.Random(f"{self._seed}/{number}"))
         life = 0
-        while self._begun < self._kills:
-            self._begun += 1
+        while self.counts["kills"] + self._living < self._kills:
             plan = plan_of(f"{self._seed}/{number}/{life}")
-            await live(store, ledger, plan, self.counts)
-            self.counts["kills"] += 1
-            self.counts["power_cuts"] += plan.death is Death.POWER
-            self.counts["kills_while_starting"] += plan.while_starting
+            self._living += 1
+            hit = await live(store, ledger, plan, self.counts)
+            self._living -= 1
+            self._count(plan, hit)
             life += 1
-            self._show()
+
+    def _count(self, plan: Plan, hit: bool) -> None:
+        if not hit:
+            self.counts["clean_ends"] += 1
+            return
+        self.counts["kills"] += 1
+        self.counts["power_cuts"] += plan.death is Death.POWER
+        self.counts["kills_while_starting"] += plan.while_starting
+        self.counts["kills_while_draining"] += plan.warning_s is not None and not plan.while_starting
+        self._show()
 
     def _show(self) -> None:
         done = self.counts["kills"]
@@ -94,7 +102,8 @@ def parsed() -> argparse.Namespace:
 
 
 def result(loop: Loop, seed: int, broken: BrokenPromise | None) -> dict[str, Any]:
-    counted = ("kills", "power_cuts", "kills_while_starting", "committed_blocks", "checked_blocks", "reads")
+    kinds = ("kills", "power_cuts", "kills_while_starting", "kills_while_draining", "clean_ends")
+    counted = (*kinds, "committed_blocks", "checked_blocks", "reads")
     promises = {promise.value.replace(" ", "_"): int(broken is not None and broken.promise is promise) for promise in Promise}
     return {
         "bench": "crash-loop",

@@ -166,6 +166,18 @@ def test_links_of_the_documents_lead_somewhere() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+@pytest.mark.parametrize("name", ["reservoir.md", "bad-input.md"])
+def test_the_tests_that_a_table_of_faults_names_exist(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text()
+    short = dict(re.findall(r"`(\w)` is `(tests/[\w/.]+)`", text))
+    named = re.findall(r"`([\w/.]+)::(test_\w+)`", text)
+    assert len(named) > 15
+    for file, test in named:
+        letter, slash, rest = file.partition("/")
+        path = ROOT / (short[letter].rstrip("/") + slash + rest if letter in short else file)
+        assert re.search(rf"^(async )?def {test}\(", path.read_text(), re.MULTILINE), f"{file}::{test}"
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_a_python_that_is_too_old_is_refused_with_advice(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"

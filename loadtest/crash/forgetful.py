@@ -3,8 +3,8 @@
     python -m loadtest.crash.forgetful SEED -- FLAGS OF THE KVSTORE
 
 What is written to a file stays in this process until the file is synced. Of each write some pages may
-reach the disk at once, and so may a page's first sectors: what a disk does with a write that nobody
-waited for. Names and sizes of files are the file system's own.
+reach the disk at once, as they do when nobody waits for them. Names and sizes of files are the file
+system's own.
 """
 
 import os
@@ -23,8 +23,6 @@ from services.kvstore.record import PAGE_BYTES
 from services.kvstore.serve import serve
 from services.kvstore.settings import KvStoreSettings
 
-SECTOR_BYTES = 512
-
 
 class ForgetfulFiles(Files):
     """Pages written and not yet synced, by inode and offset, over the real files."""
@@ -35,36 +33,33 @@ class ForgetfulFiles(Files):
         self._unsynced: dict[int, dict[int, bytes]] = {}
 
     def ring(self, entries: int) -> Ring:
-        """None: every write must come by `write`, where it can be forgotten."""
-        raise RingUnavailable("writes must be seen to be forgotten")
+        raise RingUnavailable("the kernel would not forget what it was given")
 
     def write(self, fd: int, buffer: memoryview, offset: int) -> int:
-        if offset % PAGE_BYTES or len(buffer) % PAGE_BYTES:
-            raise AssertionError(f"a write of {len(buffer)} bytes at {offset} is not of whole pages")
+        if offset % PAGE_BYTES:
+            raise AssertionError(f"a write at {offset} does not begin at a page")
+        pages = {offset + at: bytes(buffer[at : at + PAGE_BYTES]) for at in range(0, len(buffer), PAGE_BYTES)}
         with self._lock:
-            waiting = self._unsynced.setdefault(os.fstat(fd).st_ino, {})
-            for at in range(0, len(buffer), PAGE_BYTES):
-                waiting[offset + at] = bytes(buffer[at : at + PAGE_BYTES])
-            whole = self._choice.choice((0, 0, 1, len(buffer) // PAGE_BYTES))  # pages that get there by themselves
-            reached = sorted(self._choice.sample(range(0, len(buffer), PAGE_BYTES), whole))
-            for at in reached:
-                _write_page(fd, offset + at, self._torn(fd, offset + at, buffer[at : at + PAGE_BYTES]))
+            self._unsynced.setdefault(os.fstat(fd).st_ino, {}).update(pages)
+            count = self._choice.choice((0, 0, 1, len(pages) // 2, len(pages)))  # that get there by themselves
+            for at in sorted(self._choice.sample(sorted(pages), count)):
+                _write_page(fd, at, pages[at])
         return len(buffer)
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._lock:
             got = super().read(fd, buffers, offset)
-            waiting = self._unsynced.get(os.fstat(fd).st_ino)
-            for buffer in buffers if waiting else ():
-                _patch(buffer, offset, waiting or {})
+            waiting = self._unsynced.get(os.fstat(fd).st_ino, {})
+            for buffer in buffers:
+                _patch(buffer, offset, waiting)
                 offset += len(buffer)
             return got
 
     def sync(self, fd: int) -> None:
         with self._lock:
             waiting = self._unsynced.pop(os.fstat(fd).st_ino, {})
-            for offset, page in waiting.items():
-                _write_page(fd, offset, page)
+            for at, page in waiting.items():
+                _write_page(fd, at, page)
             super().sync(fd)
 
     def open(self, path: Path, flags: int) -> int:
@@ -81,16 +76,9 @@ class ForgetfulFiles(Files):
         with self._lock:
             self._unsynced.pop(inode, None)
 
-    def _torn(self, fd: int, offset: int, page: memoryview) -> bytes:
-        """The page, or its first sectors over what was there."""
-        kept = self._choice.choice((PAGE_BYTES, PAGE_BYTES, SECTOR_BYTES, 3 * SECTOR_BYTES))
-        before = aligned(PAGE_BYTES)
-        got = os.preadv(fd, [before], offset)
-        return bytes(page[:kept]) + bytes(before[kept:got]).ljust(PAGE_BYTES - kept, b"\0")
-
 
 def _write_page(fd: int, offset: int, page: bytes) -> None:
-    buffer = aligned(PAGE_BYTES)
+    buffer = aligned(len(page))
     buffer[:] = page
     os.pwrite(fd, buffer, offset)
 

@@ -8,11 +8,13 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common.clients.kvstore import KvStoreClient
 from common.errors import PenstockError
+from common.process import PARENT_VARIABLE
 from loadtest.crash.ledger import BrokenPromise, Ledger, Promise
 from loadtest.crash.plan import Death, Plan
 from loadtest.crash.traffic import Traffic
@@ -35,12 +37,18 @@ class Store:
         self._child: asyncio.subprocess.Process | None = None
 
     async def start(self, plan: Plan) -> None:
-        own = {"data": self.data, "run-dir": self.folder, "budget-bytes": self.budget_bytes, "id": "store"}
+        own = {"data": self.data, "run-dir": self.folder, "budget-bytes": self.budget_bytes, "id": "store", "drain-s": 0}
         flags = [part for name, value in own.items() for part in (f"--{name}", str(value))]
         forgetful = ["loadtest.crash.forgetful", plan.seed, "--"]
         module = forgetful if plan.death is Death.POWER else ["services.kvstore"]
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", *module, *flags, *self.flags, stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            *module,
+            *flags,
+            *self.flags,
+            stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
         )
 
     async def ready(self) -> str:
@@ -56,11 +64,19 @@ class Store:
                     return str(event["grpc"])
         raise BrokenPromise(Promise.STARTS_AGAIN, "".join(lines[-LOG_LINES:]))
 
-    async def kill(self) -> None:
+    async def kill(self, warning_s: float | None = None) -> bool:
+        """SIGKILL, after a warning if there is to be one; whether the process was still there."""
         assert self._child is not None
-        self._child.send_signal(signal.SIGKILL)
+        if warning_s is not None:
+            self._child.send_signal(signal.SIGTERM)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._child.wait(), warning_s)
+        hit = self._child.returncode is None
+        if hit:
+            self._child.send_signal(signal.SIGKILL)
         async with asyncio.timeout(EXIT_DEADLINE_S):
             await self._child.wait()
+        return hit
 
     async def end(self) -> None:
         if self._child is not None and self._child.returncode is None:
@@ -86,30 +102,30 @@ def disk_bytes(folder: Path) -> int:
     return total
 
 
-async def live(store: Store, ledger: Ledger, plan: Plan, counts: Counter[str]) -> None:
-    """One life from start to kill. Raises `BrokenPromise`."""
+async def live(store: Store, ledger: Ledger, plan: Plan, counts: Counter[str]) -> bool:
+    """One life from start to end; whether it was killed, or ended before. Raises `BrokenPromise`."""
     choice = random.Random(plan.seed)
     await store.start(plan)
     try:
         if plan.while_starting:
             await asyncio.sleep(plan.kill_after_s)
-            await store.kill()
-            return
+            return await store.kill()
         address = await store.ready()
         store.measure()
         client = KvStoreClient(address, deadline_s=60.0)
         try:
             traffic = Traffic(client, ledger, choice, plan, counts)
             await traffic.check()
-            await _under_load(store, traffic, plan)
+            hit = await _under_load(store, traffic, plan)
         finally:
             await client.close()
         store.measure()
+        return hit
     finally:
         await store.end()
 
 
-async def _under_load(store: Store, traffic: Traffic, plan: Plan) -> None:
+async def _under_load(store: Store, traffic: Traffic, plan: Plan) -> bool:
     """Traffic until the kill; what fails because of it is expected, what fails before it is not."""
     tasks = [asyncio.create_task(one()) for one in (*traffic.jobs(), _watching(store))]
     try:
@@ -117,7 +133,7 @@ async def _under_load(store: Store, traffic: Traffic, plan: Plan) -> None:
         for task in done:
             task.result()  # nothing ends by itself: this raises
         traffic.dying = True
-        await store.kill()
+        return await store.kill(plan.warning_s)
     finally:
         await _ended(tasks)
         await traffic.close()

@@ -32,6 +32,8 @@ THREADS = 8
 class LMCacheDisk:
     """A disk backend over a CPU pool of two rounds."""
 
+    how = f"O_DIRECT, {THREADS} threads"
+
     def __init__(self, folder: Path, shape: Shape, flags: list[str]) -> None:
         self._shape = shape
         config = LMCacheEngineConfig.from_defaults(

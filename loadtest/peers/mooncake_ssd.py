@@ -36,6 +36,7 @@ class MooncakeSsd:
         self._folder = folder
         self._shape = shape
         self._on_evict = ON_EVICT in flags
+        self.how = " ".join(["embedded client, tcp", *flags])
         os.environ |= {
             "MOONCAKE_OFFLOAD_FILE_STORAGE_PATH": str(folder),
             "MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR": "bucket_storage_backend",

@@ -9,6 +9,7 @@ Both times include the lookup and the release.
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,10 @@ import uvloop
 
 from common.blocks import Namespace
 from common.clients.kvstore import KvStoreClient
+from common.process import PARENT_VARIABLE
 from common.storage import Admission, BlockMeta
-from common.transport.client import connect
-from common.transport.connection import Connection
-from common.transport.interface import Endpoint, Part, PartStatus, Span
+from common.transport.interface import Part, PartStatus, Span
+from common.transport.pool import TransportPool
 from common.transport.region import Region
 from loadtest.peers.worker import Got, Put, Shape, serve
 
@@ -40,9 +41,13 @@ class PenstockKvStore:
     def __init__(self, folder: Path, shape: Shape, flags: list[str]) -> None:
         self._shape = shape
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._carrier = ""  # that the last read came by
         self._region = Region(shape.blocks * shape.block_bytes)
         argv = ["--data", str(folder), "--run-dir", str(folder), "--budget-bytes", str(BUDGET_BYTES), *flags]
-        self._service = subprocess.Popen([sys.executable, "-m", "services.kvstore", *argv], stderr=subprocess.PIPE, text=True)
+        environ = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # it ends when we do
+        self._service = subprocess.Popen(
+            [sys.executable, "-m", "services.kvstore", *argv], stderr=subprocess.PIPE, text=True, env=environ
+        )
         try:
             self._runner.run(self._connect(self._address()))
         except BaseException:
@@ -63,12 +68,11 @@ class PenstockKvStore:
 
     async def _connect(self, address: str) -> None:
         self._client = KvStoreClient(address, deadline_s=DEADLINE_S)
-        self._transport: Connection | None = None
+        self._transports = TransportPool(self._region)  # as a worker has
 
-    async def _open(self, endpoint: Endpoint) -> Connection:
-        if self._transport is None:
-            self._transport = await connect(endpoint, self._region)
-        return self._transport
+    @property
+    def how(self) -> str:
+        return self._carrier
 
     def put(self, round_: int, blocks: Sequence[bytes]) -> Put:
         for i, block in enumerate(blocks):
@@ -81,7 +85,7 @@ class PenstockKvStore:
         metas = [BlockMeta(key, parent, self._shape.block_bytes) for parent, key in zip([b"\0" * 32, *keys], keys, strict=False)]
         reserved = await self._client.reserve(NAMESPACE, metas, LEASE_S)
         wanted = [i for i, admission in enumerate(reserved.admissions) if admission is Admission.ACCEPTED]
-        transport = await self._open(reserved.endpoint)
+        transport = self._transports.transport(reserved.endpoint)
         statuses = await transport.write(
             reserved.token, [self._part(i) for i in wanted], [self._span(i) for i in wanted], deadline_s=DEADLINE_S
         )
@@ -104,20 +108,20 @@ class PenstockKvStore:
         found = await self._client.lookup(NAMESPACE, keys, LEASE_S)
         if found is None:
             return Got(time.perf_counter() - began_s, [None for _ in indices])
-        transport = await self._open(found.endpoint)
+        transport = self._transports.transport(found.endpoint)
         statuses: list[PartStatus] = []
         for piece in pieces:
             parts, spans = [self._part(i) for i in piece], [self._span(i) for i in piece]
             statuses += await transport.read(found.token, parts, spans, deadline_s=DEADLINE_S)
         await self._client.release(found.token)
+        self._carrier = transport.carrier
         seconds = time.perf_counter() - began_s
         views = zip(indices, statuses, strict=True)
         return Got(seconds, [self._region.view(self._span(i)) if status is PartStatus.OK else None for i, status in views])
 
     def close(self) -> None:
         self._runner.run(self._client.close())
-        if self._transport is not None:
-            self._runner.run(self._transport.close())
+        self._runner.run(self._transports.close())
         self._service.terminate()
         self._service.wait()
 

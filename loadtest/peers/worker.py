@@ -54,6 +54,10 @@ class Got:
 class Store(Protocol):
     """A store under test. Calls come one after another, from one thread."""
 
+    @property
+    def how(self) -> str:
+        """The way that bytes take, in a few words; known after the first read."""
+
     def put(self, round_: int, blocks: Sequence[bytes]) -> Put: ...
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
@@ -88,7 +92,8 @@ class Session:
     def verify(self) -> dict[str, Any]:
         """Every accepted block of every round, read again."""
         answers = [self._read(round_, self._store.batched_get) for round_ in self._accepted]
-        return {name: sum(answer[name] for answer in answers) for name in ("asked", "right", "wrong")}
+        sums = {name: sum(answer[name] for answer in answers) for name in ("asked", "right", "wrong")}
+        return sums | {"how": self._store.how}
 
     def _read(self, round_: int, read: Callable[[int, Sequence[int]], Got]) -> dict[str, Any]:
         forget_cached(self._folder)

@@ -113,6 +113,7 @@ class Cluster:
         worker_flags: Sequence[str] = (),
         router_flags: Sequence[str] = (),
         kvstore_flags: Sequence[str] = (),
+        kvstore_module: str = "services.kvstore",
         dtype: str = "float32",
         block_tokens: int = 16,
     ) -> None:
@@ -124,6 +125,7 @@ class Cluster:
         # Routes by rule, however slow the machine: what is stored is loaded, by decode for short tails, else by prefill.
         self.router_flags = ["--scheduler", "paper", "--plans", "direct,storage_to_prefill,recompute", *router_flags]
         self.kvstore_flags = list(kvstore_flags)
+        self.kvstore_module = kvstore_module
         self.services: dict[str, Service] = {}
         self.addresses: dict[str, str] = {}
         self.url = ""
@@ -170,7 +172,7 @@ class Cluster:
             str(64 << 20),
             *self.kvstore_flags,
         ]
-        self._spawn("kvstore", "kvstore", flags)
+        self._spawn("kvstore", self.kvstore_module, flags)
         self.addresses["kvstore"] = self.services["kvstore"].wait_event("ready")["grpc"]
 
     def start_worker(self, role: str, number: int) -> None:
@@ -184,7 +186,7 @@ class Cluster:
             "--id",
             f"{role}-{number}",
         ]
-        self._spawn(f"{role}-{number}", role, [*flags, *self.worker_flags])
+        self._spawn(f"{role}-{number}", f"services.{role}", [*flags, *self.worker_flags])
 
     def start_router(self) -> None:
         peers = {role: [self.addresses[f"{role}-{n}"] for n in range(count)] for role, count in self.counts.items()}
@@ -192,7 +194,7 @@ class Cluster:
         for role, addresses in peers.items():
             if addresses:
                 flags += [f"--{role}", ",".join(addresses)]
-        self._spawn("router", "router", [*flags, *self.router_flags])
+        self._spawn("router", "services.router", [*flags, *self.router_flags])
         ready = self.services["router"].wait_event("ready")
         self.url, self.addresses["router"] = ready["http"], ready["grpc"]
 
@@ -223,7 +225,7 @@ class Cluster:
         return [name for name in order if name in self.services]
 
     def _spawn(self, name: str, module: str, flags: Sequence[str]) -> None:
-        self.services[name] = Service(name, [sys.executable, "-m", f"services.{module}", *flags])
+        self.services[name] = Service(name, [sys.executable, "-m", module, *flags])
 
     def _run_dir(self) -> str:
         """A short path: a unix socket's may have 107 bytes."""

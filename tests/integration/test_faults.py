@@ -1,5 +1,6 @@
 """The failure ladder, with real processes: whatever dies, the tokens are the oracle's and nothing is left behind."""
 
+import errno
 import json
 import os
 import time
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
-from tests.integration.asking import ask, check, settled
+from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot, encode_slot
+from tests.integration.asking import ask, check, settled, stored_blocks
 from tests.integration.cluster import Cluster
 from tests.integration.oracle import greedy
 from tests.integration.test_oracle import BLOCK_TOKENS, ROUTER_FLAGS, prompt_of
@@ -139,6 +142,49 @@ def _flip_a_bit(store: Path, block: int) -> None:
         file.seek(place)
         file.write(bytes([content[place] ^ 0x10]))
         os.fsync(file.fileno())
+
+
+def test_blocks_of_another_namespace_on_disk_are_recomputed_and_counted(directory: Path, tmp_path: Path) -> None:
+    """As a folder that somebody renamed, or a header that lies: good blocks, of another model."""
+    prompt = prompt_of(100, seed=7)
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
+        check(directory, prompt, ask(cluster, prompt))
+        settled(cluster, 6)
+        cluster.stop()
+        blocks = _make_foreign(tmp_path / "kv")
+        cluster.start()
+        answer = ask(cluster, prompt)
+        check(directory, prompt, answer)
+        assert answer.cached_tokens == 0
+        wait_until(lambda: _corrupt_blocks(cluster) == blocks, f"{blocks} foreign blocks counted")
+        settled(cluster, 6)
+        assert ask(cluster, prompt).cached_tokens > 0
+
+
+def _make_foreign(store: Path) -> int:
+    """Rewrites every slot's header, checksum and all, to say that its block is of another namespace; how many."""
+    (segment,) = store.rglob("*.seg")
+    content = bytearray(segment.read_bytes())
+    found = 0
+    for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
+        header = decode_slot(content[at : at + PAGE_BYTES])
+        if isinstance(header, SlotHeader):
+            content[at : at + PAGE_BYTES] = encode_slot(msgspec.structs.replace(header, namespace=b"\x0f" * 32))
+            found += 1
+    assert found >= 6
+    segment.write_bytes(content)
+    return found
+
+
+def test_on_a_full_disk_prompts_are_served_and_nothing_is_stored(directory: Path, tmp_path: Path) -> None:
+    prompt = prompt_of(100, seed=8)
+    module = "tests.integration.full_disk"
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS, kvstore_module=module) as cluster:
+        for _ in range(2):
+            check(directory, prompt, ask(cluster, prompt))
+        quiet(cluster)
+        cluster.services["kvstore"].wait_event("no_new_segment", reason=f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}")
+        assert stored_blocks(cluster) == 0
 
 
 def test_without_a_kvstore_prompts_are_recomputed(directory: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from common.storage import BlockMeta
 from common.transport.interface import PartStatus
-from services.kvstore import scan, writer
+from services.kvstore import checkpoint, scan, writer
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import PAGE_BYTES, SEGMENT_MAGIC, SLOT_MAGIC, STORE_MAGIC
 from tests.kvstore.faulty import Event, RecordingFiles, disk_after_crash
@@ -73,6 +73,8 @@ def step(event: Event) -> str:
             return "slot"
         case "write" if event.data.startswith(STORE_MAGIC):
             return "store file"
+        case "write" if event.data.startswith(checkpoint.MAGIC):
+            return "checkpoint"
         case "write" if not any(event.data):
             return "erase"
         case "create" | "rename" | "remove":
@@ -83,7 +85,7 @@ def step(event: Event) -> str:
 
 STEPS = {
     "create .tmp", "allocate", "segment page", "sync", "rename .tmp", "sync_folder",
-    "slot", "erase", "remove .seg", "store file",
+    "slot", "erase", "remove .seg", "store file", "create .ckp-tmp", "checkpoint", "rename .ckp-tmp", "remove .ckp",
 }  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from common.disk.pages import aligned
 from loadtest.crash.forgetful import ForgetfulFiles
 from loadtest.crash.ledger import BrokenPromise, Promise
 from loadtest.crash.life import Store, disk_bytes
 from loadtest.crash.plan import CARRIERS, Death, plan_of
-from services.kvstore.buffers import aligned
 from services.kvstore.record import PAGE_BYTES
 
 
@@ -51,7 +51,7 @@ def test_a_plan_follows_from_its_seed_and_all_kinds_occur() -> None:
     plans = [plan_of(f"3/0/{life}") for life in range(200)]
     assert plans == [plan_of(f"3/0/{life}") for life in range(200)]
     assert {plan.death for plan in plans} == set(Death) and {plan.carrier for plan in plans} == set(CARRIERS)
-    assert {plan.while_starting for plan in plans} == {True, False}
+    assert {plan.while_starting for plan in plans} == {plan.warning_s is None for plan in plans} == {True, False}
 
 
 class Never(random.Random):

@@ -16,6 +16,8 @@ SHAPE = Shape(blocks=4, block_bytes=8192, seed=7)
 class Forgetful:
     """Takes all blocks, loses one and damages one."""
 
+    how = "in memory"
+
     def __init__(self) -> None:
         self.stored: dict[tuple[int, int], bytes] = {}
 
@@ -40,7 +42,7 @@ def test_lost_and_wrong_blocks_are_told_apart_from_right_ones(tmp_path: Path) ->
     assert session.put(0) == {"accepted": 4, "accepted_s": 0.5, "stored_s": None}
     assert session.get(0) == {"seconds": 1.0, "asked": 4, "right": 2, "wrong": 1}
     session.put(1)
-    assert session.verify() == {"asked": 8, "right": 4, "wrong": 2}
+    assert session.verify() == {"asked": 8, "right": 4, "wrong": 2, "how": "in memory"}
 
 
 def test_a_block_is_the_same_in_every_process_and_differs_from_the_others() -> None:
@@ -62,7 +64,7 @@ async def bench(*flags: str) -> dict[str, Any]:
 async def test_every_block_that_a_real_kvstore_accepts_is_read_back(tmp_path: Path) -> None:
     answer = await bench("--only", "penstock", "--data", str(tmp_path))
     assert answer["penstock_accepted_blocks"] == answer["penstock_readable_blocks"] == 4 * (bench_store_peers.LAG + 1)
-    assert answer["penstock_wrong_blocks"] == 0
+    assert answer["penstock_wrong_blocks"] == 0 and answer["penstock_by"]
     assert {f"penstock_{name}_gb_per_s" for name in bench_store_peers.OPERATIONS} <= set(answer)
     assert not list(tmp_path.iterdir())
 

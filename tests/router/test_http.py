@@ -129,10 +129,30 @@ async def test_a_body_over_the_limit_is_refused_whether_announced_or_not(start_s
                 yield b"x" * 1024
 
         chunked = await stack.http.post(COMPLETIONS, content=unannounced())
-        for response in (announced, chunked):
-            assert (
-                response.status_code == 413 and "at most 2048" in response.json()["error"]["message"]
-            ) or "more than 2048" in response.text
+        for response, said in ((announced, "at most 2048"), (chunked, "2048")):
+            assert response.status_code == 413, response.text
+            assert said in response.json()["error"]["message"]
+        assert not stack.decode.starts
+        assert (await stack.complete()).status_code == 200
+
+
+NUMBERS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "n",
+    "max_tokens", "min_tokens", "logprobs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["-1000", "NaN", "Infinity", "-Infinity", '"1"', "true", "[1]"])
+async def test_no_number_may_be_negative_unbounded_or_of_another_type(stack: Stack, value: str) -> None:
+    for name in NUMBERS:
+        body = f'{{"prompt": "a", "{name}": {value}}}'
+        response = await stack.http.post(COMPLETIONS, content=body.encode())
+        assert response.status_code == 400, (body, response.text)
+        error = response.json()["error"]
+        assert error["param"] == name and name in error["message"], (body, error)
+        assert error["type"] == "invalid_request_error"
+    assert not stack.decode.starts
+    assert (await stack.complete()).status_code == 200
 
 
 async def test_prompts_come_as_text_ids_and_lists_of_both(stack: Stack) -> None:
