@@ -10,7 +10,13 @@ from typing import Any
 import msgspec
 
 GIB = 1 << 30
+SYNCING = 8  # requests of BATCH_BYTES: 4 to 9 ms of syncing, at 2 GB/s or more
 BATCH_BYTES = 8 << 20  # between two fdatasyncs: what one request of the byte plane brings
+
+
+def requests_in_flight(block_bytes: int, depth: int) -> int:
+    """Enough requests of BATCH_BYTES that `depth` writes are at the kernel while others wait for their sync."""
+    return -(-depth * block_bytes // BATCH_BYTES) + SYNCING
 
 
 class Sample(msgspec.Struct, frozen=True):

@@ -10,15 +10,17 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.blocks import Namespace
 from common.clients.kvstore import KvStoreClient, StoredPrefix
+from common.storage import BlockMeta
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.pool import PeerTransport, PoolPrefer, TransportPool
 from common.transport.region import Region
 from loadtest.store.blocks import Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, Sample
+from loadtest.store.fio import BATCH_BYTES, Sample, requests_in_flight
 from loadtest.store.slices import Slice
 
 CARRIERS: tuple[PoolPrefer, ...] = ("extent", "shm", "tcp")
@@ -54,20 +56,40 @@ class Service:
         size = blocks.block_bytes
         chain = blocks.chain(count)
         step = max(1, BATCH_BYTES // size)
+        for i in range(min(step, count)):
+            self._region.view(Span(i * size, size))[:] = blocks.payload
         for first in range(0, count, step):
-            batch = chain[first : first + step]
-            reservation = await self.client.reserve(namespace, batch, LEASE_S)
-            spans = [Span(i * size, size) for i in range(len(batch))]
-            for block, span in zip(batch, spans, strict=True):
-                self._region.view(span)[:] = blocks.payload(block)
-            transport = self._pools["shm"].transport(reservation.endpoint)
-            parts = [Part(i, 0, size) for i in range(len(batch))]
-            statuses = await transport.write(reservation.token, parts, spans, deadline_s=DEADLINE_S)
-            assert set(statuses) == {PartStatus.OK}, statuses
-            await self.client.release(reservation.token)
+            await self._write(namespace, chain[first : first + step], size)
         stored = await self.client.lookup(namespace, keys(chain), LEASE_S)
         assert stored is not None and stored.blocks == count, stored
         return stored
+
+    async def _write(self, namespace: Namespace, batch: Sequence[BlockMeta], size: int) -> None:
+        """Of the region's first blocks, which all hold the same bytes."""
+        reservation = await self.client.reserve(namespace, batch, LEASE_S)
+        transport = self._pools["shm"].transport(reservation.endpoint)
+        parts = [Part(i, 0, size) for i in range(len(batch))]
+        spans = [Span(i * size, size) for i in range(len(batch))]
+        statuses = await transport.write(reservation.token, parts, spans, deadline_s=DEADLINE_S)
+        assert set(statuses) == {PartStatus.OK}, statuses
+        await self.client.release(reservation.token)
+
+    async def write(self, namespace: Namespace, blocks: Blocks, depth: int, ramp_s: float, seconds: float) -> Sample:
+        """Durable writes of new chains out of this process' memory; latencies are of requests of BATCH_BYTES."""
+        size = blocks.block_bytes
+        per_request = max(1, BATCH_BYTES // size)
+        clock = Slice(ramp_s, seconds, self._cpu_s)
+        for i in range(per_request):
+            self._region.view(Span(i * size, size))[:] = blocks.payload
+
+        async def write_on() -> None:
+            while clock.running:
+                began = time.perf_counter()
+                await self._write(namespace, blocks.chain(per_request), size)
+                clock.note(began, per_request * size)
+
+        await asyncio.gather(*(write_on() for _ in range(requests_in_flight(size, depth))))
+        return clock.sample()
 
     async def read(
         self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, depth: int, ramp_s: float, seconds: float

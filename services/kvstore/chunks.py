@@ -11,7 +11,7 @@ import msgspec
 from common.transport.memory import crc32c
 
 TABLE_OFFSET = 136  # in a slot page, behind its fields
-CHUNK_BYTES_MIN = 16 << 10  # a layer slice of a block is some tens of KiB
+CHUNK_BYTES_MIN = 64 << 10  # about a layer slice of a block; smaller ones cost as many calls as bytes
 CHUNKS_MAX = 960  # what a slot page has room for
 _HEAD = struct.Struct("<II")
 

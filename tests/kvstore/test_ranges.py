@@ -26,7 +26,7 @@ from tests.kvstore.support import NAMESPACE, Rig, chain, options, payload, rig, 
 
 pytestmark = pytest.mark.usefixtures("engine")
 OK = PartStatus.OK
-SIZE = 300_000  # 19 chunks, the last one short
+SIZE = 1_200_000  # 19 chunks, the last one short
 CHUNK = CHUNK_BYTES_MIN
 RANGES = [
     (0, 1),
@@ -35,13 +35,13 @@ RANGES = [
     (CHUNK - 1, 2),
     (4 * CHUNK, 3 * CHUNK),
     (SIZE - 1, 1),
-    (SIZE - 20_000, 20_000),
+    (SIZE - 80_000, 80_000),
     (1, SIZE - 1),
 ]
 
 
 def large(**changed: object) -> StoreOptions:
-    return options(budget_bytes=16 << 20, segment_bytes=2 << 20, **changed)
+    return options(budget_bytes=32 << 20, segment_bytes=4 << 20, **changed)
 
 
 class Reads(FailingFiles):
@@ -154,7 +154,7 @@ async def test_a_failing_disk_fails_the_range(tmp_path: Path) -> None:
         assert await get(one, keys, [(CHUNK, 9)]) == [PartStatus.FAILED]
 
 
-@given(st.integers(1, 200_000), st.data())
+@given(st.integers(1, 800_000), st.data())
 def test_a_table_covers_and_checks_every_range(size: int, data: st.DataObject) -> None:
     body = memoryview(payload(b"x", size))
     page = bytearray(PAGE_BYTES)
@@ -181,9 +181,9 @@ def test_the_table_of_the_largest_payload_fits_the_slot_page() -> None:
 
 
 def test_the_table_is_pinned_byte_by_byte() -> None:
-    body = memoryview(bytes(range(256)) * 160)  # 40,960 bytes: two chunks and a half
-    assert encode_table(body).hex(" ", 4) == "00400000 03000000 ae0d2ce9 ae0d2ce9 5af77027"
+    body = memoryview(bytes(range(256)) * 640)  # 163,840 bytes: two chunks and a half
+    assert encode_table(body).hex(" ", 4) == "00000100 03000000 3daf24a2 3daf24a2 2a3f8eec"
     page = bytes(TABLE_OFFSET) + encode_table(body)
-    assert decode_table(memoryview(page.ljust(PAGE_BYTES, b"\0")), 40_960) == Chunks(
-        40_960, 16_384, tuple(crc32c(body[at : at + 16_384]) for at in (0, 16_384, 32_768))
+    assert decode_table(memoryview(page.ljust(PAGE_BYTES, b"\0")), 163_840) == Chunks(
+        163_840, 65_536, tuple(crc32c(body[at : at + 65_536]) for at in (0, 65_536, 131_072))
     )
