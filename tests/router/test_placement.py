@@ -248,15 +248,16 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
 
 
 @given(cases())
-def test_the_choice_is_never_later_than_any_safe_candidate_by_more_than_the_band(case: tuple[Query, ClusterView]) -> None:
+def test_the_choice_is_never_later_than_any_candidate_by_more_than_the_band(case: tuple[Query, ClusterView]) -> None:
+    """But for guesses that others bet on already: they may be passed over for what takes up to twice as long."""
     query, cluster = case
     decision = route(query, cluster, 5.0)
     if isinstance(decision, Refusal):
         return
-    calm = [e for e in decision.candidates if not e.busy_guess]
-    assert decision.estimate in calm or not calm
-    for other in calm or decision.candidates:
-        assert decision.estimate.finish_s <= other.finish_s * (1 + OURS.error_band) + SMALL_S
+    for other in decision.candidates:
+        if SHAPES[other.plan].meets or not other.busy_guess:
+            reckoned_s = other.finish_s + (other.load_s * other.error if other.busy_guess else 0)
+            assert decision.estimate.finish_s <= reckoned_s * (1 + OURS.error_band) + SMALL_S
 
 
 @given(cases())
@@ -265,7 +266,7 @@ def test_no_route_is_later_than_recomputing_by_more_than_the_stated_error(case: 
     decision, only = route(query, cluster, 5.0), route(query, cluster, 5.0, PolicySettings(plans=(Plan.RECOMPUTE,)))
     if isinstance(decision, Refusal) or isinstance(only, Refusal):
         return
-    assert decision.estimate.finish_s <= only.estimate.finish_s * (1 + decision.estimate.error) + SMALL_S
+    assert decision.estimate.finish_s <= only.estimate.finish_s * (1 + OURS.error_band) + SMALL_S
 
 
 @given(cases(), ALL_SETTINGS)

@@ -57,17 +57,14 @@ def test_a_stale_rate_is_doubled_by_the_bold_only_and_never_beyond_what_others_h
     assert rates_of(view(slow)).storage(slow, True).per_s == 1e6
 
 
-def test_every_link_gets_measured_and_one_request_at_a_time_bets_on_a_guess() -> None:
-    """Requests come while the first ones still run: no unmeasured link has two, and soon none is left unmeasured."""
+def test_every_link_gets_measured_and_who_bets_on_one_that_is_being_measured_computes_beside_it() -> None:
     true = {"storage": 20e6, "peer_read": 500e6, "peer_write": 500e6}
     known: dict[tuple[str, str], float] = {}
     betting: list[tuple[str, str]] = []
     for turn in range(12):
-        route_ = placed(LONG, cluster_of(known, betting, true))
-        used = links_of(route_)
-        bets = [link for link in used if link not in known]
-        if turn % 3:
-            assert not set(bets) & set(betting) or route_.estimate.busy_guess
+        taken = placed(LONG, cluster_of(known, betting, true))
+        bets = [link for link in links_of(taken) if link not in known]
+        assert taken.plan.endswith("+meet") or taken.plan is Plan.RECOMPUTE or not set(bets) & set(betting)
         betting += bets
         if turn % 3 == 2:  # those that run finish, and their links have been measured
             known |= {link: true[link[1]] for link in betting}

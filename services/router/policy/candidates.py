@@ -71,19 +71,32 @@ def _spares(estimate: Estimate, decode: DecodeView, settings: PolicySettings) ->
 
 
 def _earliest(found: Sequence[Estimate], settings: PolicySettings) -> tuple[Estimate, str]:
-    """Of those at about the earliest finish, the one that computes least; of these, the one that costs the least work.
-
-    Nobody bets on a rate that another request is measuring already, unless there is nothing else.
-    """
-    calm = [e for e in found if not e.busy_guess] or found
-    earliest = min(e.finish_s for e in calm)
+    """Of those at about the earliest finish, the one that computes least; of these, the one that costs the least work."""
+    insured = _insured(found)
+    earliest = min(map(_reckoned_s, insured))
     limit = earliest + max(SMALL_S, earliest * settings.error_band)
-    near = [e for e in calm if e.finish_s <= limit]
+    near = [e for e in insured if _reckoned_s(e) <= limit]
     best = min(near, key=lambda e: (e.computed_tokens, e.work_s, e.finish_s, PLACE[e.plan], e.decode, e.prefill))
     why = f"finishes in {best.finish_s:.3f} s, earliest of {len(found)}"
-    if best.finish_s > earliest:
+    if _reckoned_s(best) > earliest:
         why = f"finishes in {best.finish_s:.3f} s and costs the least of {len(near)} at about {earliest:.3f} s"
     return best, why + (", by a guess" if best.guess else "")
+
+
+def _reckoned_s(estimate: Estimate) -> float:
+    """A load by a guess that others bet on already is reckoned at its worst: who can do about as well by what is known, does."""
+    if not estimate.busy_guess:
+        return estimate.finish_s
+    late_s = estimate.load_s * (1 + estimate.error)
+    return estimate.finish_s + max(late_s, estimate.wait_s) - max(estimate.load_s, estimate.wait_s)
+
+
+def _insured(found: Sequence[Estimate]) -> Sequence[Estimate]:
+    """A guess that others bet on already is taken with compute going on beside the load, where that may be: a wrong one costs less."""
+    meeting = {(e.decode, e.prefill, SHAPES[e.plan].loads) for e in found if SHAPES[e.plan].meets}
+    return [
+        e for e in found if not e.busy_guess or SHAPES[e.plan].meets or (e.decode, e.prefill, SHAPES[e.plan].loads) not in meeting
+    ]
 
 
 def _shorter_queue(found: Sequence[Estimate]) -> tuple[Estimate, str]:

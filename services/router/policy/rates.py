@@ -5,8 +5,8 @@ from the priors below. A link that was passed over for `STALE_S` may have become
 which compute goes on beside a load that turns out late, reckons with twice its rate, and twice as much again
 for every further `STALE_S`, so that no bad measurement shuts a link for ever.
 
-Both are *guesses*, and at most one request at a time bets on each (`Pipe.busy_guess`): the measurement that
-it brings replaces the guess, and whoever comes meanwhile goes by what is known.
+Both are *guesses*. The first request that bets on one brings the measurement that replaces it. Those that come
+meanwhile (`Pipe.busy_guess`) reckon with loads that take twice the time, and let compute go on beside the load.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ _DOUBLINGS_MAX = 64.0  # more is beyond every prior
 class Pipe(msgspec.Struct, frozen=True):
     """`wait_s` until it is ours, then `per_s` bytes, blocks or tokens a second.
 
-    `guess`: the rate is not a measurement. `busy_guess`: nor will we be the one to measure it.
+    `guess`: the rate is not a measurement. `busy_guess`: nor will we be the first to measure it.
     """
 
     wait_s: float
