@@ -15,6 +15,7 @@ from services.kvstore.record import PAGE_BYTES, SLOT_MAGIC, VERSION, Geometry
 Entries = npt.NDArray[np.void]  # rows of ENTRY
 Pages = npt.NDArray[np.uint8]  # [slot, PAGE_BYTES]
 TENANT_BYTES = 16
+PROVEN = 1  # flag of an entry: a lookup found the block, or one that it hangs on (eviction.py)
 
 ENTRY = np.dtype(
     [
@@ -26,7 +27,7 @@ ENTRY = np.dtype(
         ("parent", "<u8", (4,)),
         ("tenant", "V16"),
         ("expires_s", "<u4"),  # in seconds since 1970; 0: never
-        ("zero", "<u4"),
+        ("flags", "<u4"),
     ]
 )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from services.kvstore.column import NO_SLOTS, NONE, Column, Numbers, Slots
-from services.kvstore.entries import ENTRY, Entries
+from services.kvstore.entries import ENTRY, PROVEN, Entries
 from services.kvstore.eviction import EvictionPolicy
 from services.kvstore.forest import Forest
 from services.kvstore.key_table import KeyTable, words
@@ -108,7 +108,7 @@ class Index:
                 self._policy.withdraw(parent)
             self._forest.hang(slot, parent)
         self._forest.adopt(slot, key)
-        self._policy.insert(slot, key, parent, next(self._ticks))
+        self._policy.insert(slot, parent, next(self._ticks))
         if self._evictable(slot):
             self._policy.offer(slot)
 
@@ -120,7 +120,7 @@ class Index:
         self._checksums.array[slots] = entries["checksum"]
         self._sequences.array[slots] = entries["sequence"]
         self._forest.hang_all(slots, self._table.find_all(entries["parent"]), entries["parent"])
-        self._policy.restore(slots, entries["tick"], slots[self._forest.leaves(slots)])
+        self._policy.restore(slots, entries["tick"], entries["flags"] & PROVEN != 0, self._forest.leaves(slots))
 
     def entries(self, slots: Slots) -> Entries:
         """What `insert_all` needs to have these blocks again; `slot` is left to the caller."""
@@ -129,6 +129,7 @@ class Index:
         out["checksum"] = self._checksums.array[slots]
         out["sequence"] = self._sequences.array[slots]
         out["tick"] = self._policy.ticks(slots)
+        out["flags"] = np.where(self._policy.proven(slots), PROVEN, 0)
         parents = self._forest.parents(slots)
         out["parent"] = self._table.keys(np.maximum(parents, 0))
         for i in np.flatnonzero(parents < 0).tolist():
@@ -163,8 +164,7 @@ class Index:
         slot = self._policy.victim()
         if slot is None:
             return None
-        key, parent = self._forget(slot)
-        self._policy.evicted(slot, key)
+        _, parent = self._forget(slot)
         if parent is not None and self._evictable(parent):
             self._policy.expose(parent, slot)
         return slot
@@ -200,6 +200,7 @@ class Index:
         key, parent = self._table.key(slot), self._forest.parent(slot)
         if self._policy.on_offer(slot):
             self._policy.withdraw(slot)
+        self._policy.remove(slot)
         self._forest.release(slot, key)
         self._table.remove(slot)
         self._held.view[slot] = False

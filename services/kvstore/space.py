@@ -20,7 +20,7 @@ from common.blocks import Namespace
 from common.disk.io_pool import IoPool
 from common.logs import Log
 from services.kvstore.disk import Disk, DiskState
-from services.kvstore.eviction import LeafLru
+from services.kvstore.eviction import NewcomersFirst
 from services.kvstore.files import Files
 from services.kvstore.metrics import Metrics
 from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
@@ -84,7 +84,7 @@ class Space:
     def add_found(self, namespace: Namespace, geometry: Geometry, ticks: Iterator[int]) -> Shelf:
         """The shelf of a namespace, which at start is found on disk."""
         slots_expected = self.budget_bytes // geometry.slot_bytes
-        shelf = self.shelves[namespace] = Shelf(namespace, geometry, LeafLru(), ticks, slots_expected)
+        shelf = self.shelves[namespace] = Shelf(namespace, geometry, NewcomersFirst(), ticks, slots_expected)
         return shelf
 
     def geometry(self, payload_bytes: int) -> Geometry:
