@@ -36,12 +36,12 @@ _PAGE = np.dtype(
     {
         "names": [
             "magic", "version", "flags", "namespace", "key", "parent", "sequence", "payload_bytes", "checksum", "slot", "segment",
-            "written_s", "keep_s", "tenant", "crc32c",
+            "tenant", "written_s", "keep_s", "crc32c",
         ],
         "formats": [
-            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "V16", "<u4",
+            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "V16", "<u8", "<u4", "<u4",
         ],
-        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 136, 144, 152, PAGE_BYTES - 4],
+        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 4032, 4048, 4056, PAGE_BYTES - 4],
         "itemsize": PAGE_BYTES,
     }
 )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from services.kvstore.column import NONE, Column, Flags, Numbers, Slots
 from services.kvstore.leaf_queue import LeafQueue, QueueColumns
 
-NEWCOMERS_SHARE = 0.1  # S3-FIFO's; 0.2 gave 0.2 to 4 points fewer hits on every trace with agents (docs/benchmarks.md)
+NEWCOMERS_SHARE = 0.1  # as S3-FIFO's; 0.2 gave up to 4 points fewer hits and never more (docs/benchmarks.md)
 
 
 class EvictionPolicy(Protocol):
