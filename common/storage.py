@@ -11,8 +11,18 @@ class Admission(IntEnum):
     ACCEPTED = 1  # write it
     PRESENT = 2  # stored already
     IN_FLIGHT = 3  # somebody else is writing it
-    DROPPED = 4  # queue or disk full: don't write it, don't retry soon
+    DROPPED = 4  # queue or disk full, quota used up, or not admitted yet: don't write it, don't retry soon
     INVALID = 5  # the length differs from the namespace's, or the key is malformed
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """On which terms blocks are kept."""
+
+    tenant: bytes = b""  # opaque id of who they belong to; empty: nobody
+    keep_s: int = 0  # for how long; 0: as long as the store's own setting says
+
+
+NO_TERMS = Terms()
 
 
 class BlockMeta(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from services.kvstore.entries import ENTRY
-from services.kvstore.eviction import LeafLru
+from services.kvstore.eviction import NewcomersFirst
 from services.kvstore.index import Index
 from services.kvstore.key_table import words
 
@@ -69,7 +69,7 @@ def measure(blocks: int, length: int, rounds: int) -> dict[str, float]:
     blocks = chains * length
     out: dict[str, float] = {"blocks": blocks, "chain": length}
     before = resident_bytes()
-    index = Index(LeafLru(), itertools.count(1), blocks)
+    index = Index(NewcomersFirst(), itertools.count(1), blocks)
     filling = seconds(lambda: fill(index, chains, length))
     out["bytes_per_block"] = (resident_bytes() - before) / blocks
     making = seconds(lambda: [chain_keys(seed, length) for seed in range(chains)])
@@ -111,7 +111,7 @@ def restore(chains: int, length: int) -> dict[str, float]:
     entries["parent"] = np.roll(entries["key"], 1, axis=0)
     entries["parent"][::length] = words(ROOT)
     entries["tick"] = entries["sequence"] = np.arange(len(entries))
-    index = Index(LeafLru(), itertools.count(1), len(entries))
+    index = Index(NewcomersFirst(), itertools.count(1), len(entries))
 
     def work() -> None:
         index.grow(len(entries))

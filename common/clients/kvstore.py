@@ -14,7 +14,7 @@ from common.blocks import Namespace
 from common.errors import Internal
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
-from common.storage import Admission, BlockMeta
+from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import Endpoint, LeaseToken
 from common.wire import lease_token
 
@@ -103,11 +103,19 @@ class KvStoreClient:
         return cast(pb.LookupReply, await rpc.call(pending, self.address)).blocks
 
     async def reserve(
-        self, namespace: Namespace, blocks: Sequence[BlockMeta], lease_s: float, *, deadline_s: float | None = None
+        self,
+        namespace: Namespace,
+        blocks: Sequence[BlockMeta],
+        lease_s: float,
+        *,
+        terms: Terms = NO_TERMS,
+        deadline_s: float | None = None,
     ) -> Reservation:
         """Asks to write blocks, parents first."""
         metas = [pb.BlockMeta(key=block.key, parent=block.parent, length=block.length) for block in blocks]
-        request = pb.ReserveRequest(namespace=namespace, blocks=metas, lease_ms=_ms(lease_s))
+        request = pb.ReserveRequest(
+            namespace=namespace, blocks=metas, lease_ms=_ms(lease_s), tenant=terms.tenant, keep_s=terms.keep_s
+        )
         pending = self._stub.Reserve(request, timeout=deadline_s or self._deadline_s)
         reply = cast(pb.ReserveReply, await rpc.call(pending, self.address))
         if len(reply.admissions) != len(blocks):

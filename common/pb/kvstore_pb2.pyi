@@ -78,14 +78,18 @@ class BlockMeta(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., length: _Optional[int] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("namespace", "blocks", "lease_ms")
+    __slots__ = ("namespace", "blocks", "lease_ms", "tenant", "keep_s")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_S_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     blocks: _containers.RepeatedCompositeFieldContainer[BlockMeta]
     lease_ms: int
-    def __init__(self, namespace: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[BlockMeta, _Mapping]]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    tenant: bytes
+    keep_s: int
+    def __init__(self, namespace: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[BlockMeta, _Mapping]]] = ..., lease_ms: _Optional[int] = ..., tenant: _Optional[bytes] = ..., keep_s: _Optional[int] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("admissions", "token", "ttl_ms", "endpoint", "epoch")

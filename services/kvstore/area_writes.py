@@ -136,13 +136,24 @@ def _slot_write(shelf: Shelf, item: WriteItem, checksum: int) -> SlotWrite:
     image = item.image
     assert image is not None
     length = shelf.geometry.payload_bytes
+    tenant = shelf.tenants.digest(item.tenant)
     chunk_table = encode_table(image[PAGE_BYTES : PAGE_BYTES + length])
 
     def seal(sequence: int) -> None:
-        image[:PAGE_BYTES] = encode_slot(
-            SlotHeader(shelf.namespace_bytes, item.key, item.parent, sequence, length, checksum, within, segment.number),
-            chunk_table,
+        header = SlotHeader(
+            shelf.namespace_bytes,
+            item.key,
+            item.parent,
+            sequence,
+            length,
+            checksum,
+            within,
+            segment.number,
+            tenant,
+            item.written_s,
+            item.keep_s,
         )
+        image[:PAGE_BYTES] = encode_slot(header, chunk_table)
         image[PAGE_BYTES + length :] = bytes(len(image) - PAGE_BYTES - length)
 
     return SlotWrite(segment, within, image, seal)

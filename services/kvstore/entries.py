@@ -15,6 +15,7 @@ from services.kvstore.record import PAGE_BYTES, SLOT_MAGIC, VERSION, Geometry
 Entries = npt.NDArray[np.void]  # rows of ENTRY
 Pages = npt.NDArray[np.uint8]  # [slot, PAGE_BYTES]
 TENANT_BYTES = 16
+PROVEN = 1  # flag of an entry: a lookup found the block, or one that it hangs on (eviction.py)
 
 ENTRY = np.dtype(
     [
@@ -26,7 +27,7 @@ ENTRY = np.dtype(
         ("parent", "<u8", (4,)),
         ("tenant", "V16"),
         ("expires_s", "<u4"),  # in seconds since 1970; 0: never
-        ("zero", "<u4"),
+        ("flags", "<u4"),
     ]
 )
 
@@ -35,12 +36,12 @@ _PAGE = np.dtype(
     {
         "names": [
             "magic", "version", "flags", "namespace", "key", "parent", "sequence", "payload_bytes", "checksum", "slot", "segment",
-            "written_s", "keep_s", "tenant", "crc32c",
+            "tenant", "written_s", "keep_s", "crc32c",
         ],
         "formats": [
-            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "V16", "<u4",
+            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "V16", "<u8", "<u4", "<u4",
         ],
-        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 136, 144, 152, PAGE_BYTES - 4],
+        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 4032, 4048, 4056, PAGE_BYTES - 4],
         "itemsize": PAGE_BYTES,
     }
 )  # fmt: skip

@@ -10,16 +10,18 @@ Invariants (`check_integrity`):
 - On offer to the policy are exactly the blocks that may be evicted.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from services.kvstore.column import NO_SLOTS, NONE, Column, Numbers, Slots
-from services.kvstore.entries import ENTRY, Entries
+from services.kvstore.entries import ENTRY, PROVEN, Entries
 from services.kvstore.eviction import EvictionPolicy
 from services.kvstore.forest import Forest
 from services.kvstore.key_table import KeyTable, words
 
+COLDEST_AT_ONCE = 64  # of one tenant: finding them looks at every slot
 _STRIDES = (64, 448, 3584)  # keys probed at once: a short prefix doesn't pay for a long question
 
 
@@ -35,6 +37,10 @@ class Index:
         self._checksums = Column(np.uint32)
         self._sequences = Column(np.uint64)
         self._pins = Column(np.uint32)
+        self._expires_s = Column(np.uint32)  # 0: never
+        self._tenants = Column(np.uint16)
+        self.next_expiry_s: float = math.inf  # nothing expires before
+        self._coldest: dict[int, list[tuple[int, int]]] = {}  # tenant -> (slot, last use) of some blocks, the next to go last
         self._held = Column(np.bool_)  # whether the slot holds a block
 
     def __len__(self) -> int:
@@ -46,13 +52,15 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Memory held, the policy's included."""
-        columns = (self._checksums, self._sequences, self._pins, self._held)
+        columns = (self._checksums, self._sequences, self._pins, self._held, self._expires_s, self._tenants)
         return self._table.nbytes + self._forest.nbytes + self._policy.nbytes + sum(column.nbytes for column in columns)
 
     def grow(self, slots: int) -> None:
         """Slot numbers up to `slots` may be used."""
-        for part in (self._table, self._forest, self._policy, self._checksums, self._sequences, self._pins, self._held):
+        for part in (self._table, self._forest, self._policy):
             part.grow(slots)
+        for column in (self._checksums, self._sequences, self._pins, self._held, self._expires_s, self._tenants):
+            column.grow(slots)
 
     def find(self, key: bytes) -> int | None:
         return self._table.find(key)
@@ -96,10 +104,14 @@ class Index:
         """Notes a use of a prefix."""
         self._policy.touch(slots, next(self._ticks))
 
-    def insert(self, slot: int, key: bytes, parent_key: bytes, checksum: int, sequence: int) -> None:
+    def insert(
+        self, slot: int, key: bytes, parent_key: bytes, checksum: int, sequence: int, tenant: int = 0, expires_s: int = 0
+    ) -> None:
         """A block is stored in a slot that was free. Links it, and adopts chain heads that name it."""
         assert self._table.find(key) is None and not self._held.view[slot]
         self._hold(slot, key, checksum, sequence)
+        self._tenants.view[slot] = tenant
+        self._set_expiry(slot, expires_s)
         parent = self._table.find(parent_key) if parent_key != key else None
         if parent is None:
             self._forest.hang_head(slot, parent_key)
@@ -108,27 +120,32 @@ class Index:
                 self._policy.withdraw(parent)
             self._forest.hang(slot, parent)
         self._forest.adopt(slot, key)
-        self._policy.insert(slot, key, parent, next(self._ticks))
+        self._policy.insert(slot, parent, next(self._ticks))
         if self._evictable(slot):
             self._policy.offer(slot)
 
-    def insert_all(self, slots: Slots, entries: Entries) -> None:
+    def insert_all(self, slots: Slots, entries: Entries, tenants: Numbers | int = 0) -> None:
         """At start: `insert` of many blocks, all different, into an empty index, coldest first."""
         assert not len(self)
         self._table.put_all(slots, entries["key"])
         self._held.array[slots] = True
         self._checksums.array[slots] = entries["checksum"]
         self._sequences.array[slots] = entries["sequence"]
+        self._tenants.array[slots] = tenants
+        self._expires_s.array[slots] = entries["expires_s"]
+        self.next_expiry_s = 0 if entries["expires_s"].any() else math.inf
         self._forest.hang_all(slots, self._table.find_all(entries["parent"]), entries["parent"])
-        self._policy.restore(slots, entries["tick"], slots[self._forest.leaves(slots)])
+        self._policy.restore(slots, entries["tick"], entries["flags"] & PROVEN != 0, self._forest.leaves(slots))
 
     def entries(self, slots: Slots) -> Entries:
-        """What `insert_all` needs to have these blocks again; `slot` is left to the caller."""
+        """What `insert_all` needs to have these blocks again; `slot` and `tenant` are left to the caller."""
         out = np.zeros(len(slots), ENTRY)
         out["key"] = self._table.keys(slots)
         out["checksum"] = self._checksums.array[slots]
         out["sequence"] = self._sequences.array[slots]
         out["tick"] = self._policy.ticks(slots)
+        out["expires_s"] = self._expires_s.array[slots]
+        out["flags"] = np.where(self._policy.proven(slots), PROVEN, 0)
         parents = self._forest.parents(slots)
         out["parent"] = self._table.keys(np.maximum(parents, 0))
         for i in np.flatnonzero(parents < 0).tolist():
@@ -161,17 +178,76 @@ class Index:
     def evict(self) -> int | None:
         """Removes the block that may best go; its slot, or None when none may."""
         slot = self._policy.victim()
-        if slot is None:
-            return None
-        key, parent = self._forget(slot)
-        self._policy.evicted(slot, key)
-        if parent is not None and self._evictable(parent):
-            self._policy.expose(parent, slot)
+        if slot is not None:
+            self._evict(slot)
         return slot
 
     def evictable(self, slot: int) -> bool:
         """Whether there is a block in the slot that may go: no other hangs on it, and no pin is on it."""
         return self._evictable(slot)
+
+    def evict_of(self, tenant: int) -> int | None:
+        """`evict`, of the tenant's blocks the one that was used longest ago."""
+        coldest = self._coldest.setdefault(tenant, [])
+        while True:
+            if not coldest:
+                coldest += self._find_coldest(tenant)
+            if not coldest:
+                del self._coldest[tenant]
+                return None
+            slot, tick = coldest.pop()
+            if self._policy.on_offer(slot) and self._policy.tick(slot) == tick and self._tenants.view[slot] == tenant:
+                self._evict(slot)
+                return slot
+
+    def proven(self, slot: int) -> bool:
+        """Whether a lookup has found the block, or one that it hangs on."""
+        return bool(self._policy.proven(np.array([slot]))[0])
+
+    def tenant(self, slot: int) -> int:
+        """Whose the block is, or was that was there last."""
+        return self._tenants.view[slot]
+
+    def tenants(self, slots: Slots) -> Numbers:
+        return self._tenants.array[slots]
+
+    def expires_s(self, slot: int) -> int:
+        """When the block expires; 0: never."""
+        return self._expires_s.view[slot]
+
+    def unexpired(self, slots: Slots, now_s: int) -> Slots:
+        """The prefix of a prefix that ends before its first expired block."""
+        if now_s < self.next_expiry_s:
+            return slots
+        expires_s = self._expires_s.array[slots]
+        gone = (expires_s != 0) & (expires_s <= now_s)
+        return slots[: int(gone.argmax())] if gone.any() else slots
+
+    def keep_until(self, slot: int, expires_s: int) -> None:
+        """The block was offered again, to be kept until then (0: for ever): it stays as long as anyone asked for."""
+        held_s = self._expires_s.view[slot]
+        if held_s and (expires_s > held_s or not expires_s):
+            self._set_expiry(slot, expires_s)
+
+    def expire(self, now_s: int) -> list[int]:
+        """Removes expired blocks on which nothing hangs that isn't expired, and which aren't pinned; their slots.
+
+        An expired block that stays is no longer found, and what hangs on it isn't either.
+        """
+        if now_s < self.next_expiry_s:
+            return []
+        expires_s = self._expires_s.array
+        over = set(np.flatnonzero(self._held.array & (expires_s != 0) & (expires_s <= now_s)).tolist())
+        gone: list[int] = []
+        for start in list(over):
+            slot: int | None = start
+            while slot is not None and slot in over and self._evictable(slot):
+                over.remove(slot)
+                gone.append(slot)
+                slot = self._evict(slot)
+        left = expires_s[self._held.array & (expires_s != 0)]
+        self.next_expiry_s = float(left.min()) if len(left) else math.inf
+        return gone
 
     def coldest_tick(self) -> int | None:
         """Last use of the block that `evict` would take."""
@@ -188,6 +264,24 @@ class Index:
     def pins_total(self) -> int:
         return int(self._pins.array.sum())
 
+    def _evict(self, slot: int) -> int | None:
+        """Removes a block that is on offer; its parent's slot."""
+        _, parent = self._forget(slot)
+        if parent is not None and self._evictable(parent):
+            self._policy.expose(parent, slot)
+        return parent
+
+    def _find_coldest(self, tenant: int) -> list[tuple[int, int]]:
+        slots = np.flatnonzero(self._policy.all_on_offer() & (self._tenants.array == tenant)).astype(np.int32)
+        ticks = self._policy.ticks(slots)
+        order = np.argsort(ticks, kind="stable")[:COLDEST_AT_ONCE][::-1]
+        return list(zip(slots[order].tolist(), ticks[order].tolist(), strict=True))
+
+    def _set_expiry(self, slot: int, expires_s: int) -> None:
+        self._expires_s.view[slot] = expires_s
+        if expires_s:
+            self.next_expiry_s = min(self.next_expiry_s, expires_s)
+
     def _hold(self, slot: int, key: bytes, checksum: int, sequence: int) -> None:
         self._table.put(slot, key)
         self._held.view[slot] = True
@@ -200,6 +294,7 @@ class Index:
         key, parent = self._table.key(slot), self._forest.parent(slot)
         if self._policy.on_offer(slot):
             self._policy.withdraw(slot)
+        self._policy.remove(slot)
         self._forest.release(slot, key)
         self._table.remove(slot)
         self._held.view[slot] = False

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from common.blocks import KEY_BYTES
 from common.storage import Admission, BlockMeta
+from services.kvstore.doorkeeper import Doorkeeper
 from services.kvstore.leases import WriteLease
 from services.kvstore.metrics import Metrics
 from services.kvstore.shelf import Shelf
@@ -21,7 +22,9 @@ from services.kvstore.write_item import WriteItem, WriteState
 class Intake:
     """Belongs to the event loop; never waits."""
 
-    def __init__(self, space: Space, metrics: Metrics, reserved_bytes_max: int) -> None:
+    def __init__(self, space: Space, metrics: Metrics, reserved_bytes_max: int, doorkeeper: Doorkeeper | None = None) -> None:
+        """`doorkeeper`: of second-touch admission; None admits everything."""
+        self._doorkeeper = doorkeeper
         self.reserved_bytes = 0
         self._space = space
         self._metrics = metrics
@@ -54,21 +57,34 @@ class Intake:
         stored = shelf.index.find(offer.key)
         if stored is not None:
             self._keep(lease, stored)
+            shelf.index.keep_until(stored, lease.written_s + lease.keep_s)
             return Admission.PRESENT, None
         if offer.key in shelf.in_flight:
             return Admission.IN_FLIGHT, None
+        if not self._welcome(shelf, offer):
+            self._metrics.first_touches += 1
+            return Admission.DROPPED, None
         if offer.parent in dropped or self.reserved_bytes + shelf.geometry.slot_bytes > self._reserved_bytes_max:
             return Admission.DROPPED, None
         parent = shelf.index.find(offer.parent)
         if parent is not None:
             self._keep(lease, parent)
-        slot = self._space.take(shelf, offer.parent)
+        slot = self._space.take(shelf, offer.parent, lease.tenant)
         if slot is None:
             return Admission.DROPPED, None
-        item = WriteItem(slot, offer.key, offer.parent)
+        item = WriteItem(slot, offer.key, offer.parent, lease.tenant, lease.written_s, lease.keep_s)
+        shelf.tenants.charge(lease.tenant, shelf.geometry.slot_bytes)
         shelf.in_flight[offer.key] = item
         self.reserved_bytes += shelf.geometry.slot_bytes
         return Admission.ACCEPTED, item
+
+    def _welcome(self, shelf: Shelf, offer: BlockMeta) -> bool:
+        """Whether admission lets the block in: all, or those that knocked before, or go on where something was found."""
+        if self._doorkeeper is None:
+            return True
+        known = self._doorkeeper.knocked_before(offer.key)
+        parent = shelf.index.find(offer.parent)
+        return known or (parent is not None and shelf.index.proven(parent)) or offer.parent in shelf.in_flight
 
     def _keep(self, lease: WriteLease, slot: int) -> None:
         """Pins a block that what is being written hangs on."""

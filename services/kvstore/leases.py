@@ -31,8 +31,12 @@ class ReadLease:
 class WriteLease:
     """Slots to fill, and pins that keep the parents of what is to come."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, tenant: int = 0, written_s: int = 0, keep_s: int = 0) -> None:
+        """The other arguments are of all its items."""
         self.shelf = shelf
+        self.tenant = tenant
+        self.written_s = written_s
+        self.keep_s = keep_s
         self.items: list[WriteItem | None] = []  # None: that block was not accepted
         self.pins: list[int] = []
         self.expires_s = 0.0

@@ -26,6 +26,9 @@ _COUNTERS = {
     "present_writes": "Blocks offered that were stored already or in flight",
     "evictions": "Blocks evicted for space",
     "segment_evictions": "Blocks evicted because their segment went to another namespace or was over the budget",
+    "quota_evictions": "Blocks evicted because their tenant was at its quota",
+    "expired_blocks": "Blocks dropped because their time was over",
+    "first_touches": "Blocks not accepted because they were offered for the first time (second-touch admission)",
     "corrupt_blocks": "Blocks dropped as damaged, torn or foreign",
     "removed_blocks": "Blocks taken out at an operator's word",
     "scrubbed_blocks": "Blocks read by the background scrub",
@@ -59,6 +62,9 @@ class Metrics:
         self.present_writes = 0
         self.evictions = 0
         self.segment_evictions = 0
+        self.quota_evictions = 0
+        self.expired_blocks = 0
+        self.first_touches = 0
         self.corrupt_blocks = 0
         self.removed_blocks = 0
         self.scrubbed_blocks = 0

@@ -1,5 +1,7 @@
 """Bounds and choices of a store."""
 
+from typing import Literal
+
 import msgspec
 
 from common.disk.engine import EngineChoice
@@ -17,6 +19,9 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     pending_reads_max: int = 65_536
     durable: bool = True
     direct: bool = True
+    block_ttl_s: int = 0
+    tenant_quota_bytes: int = 0
+    admission: Literal["all", "second_touch"] = "all"
     leases_max: int = 10_000
     lease_s: float = 30.0
     lease_s_max: float = 600.0

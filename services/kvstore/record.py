@@ -30,6 +30,8 @@ SLOTS_MAX = 1 << 20  # per segment
 
 _SEGMENT = struct.Struct("<8sII32sIIII")
 _SLOT = struct.Struct("<8sII32s32s32sQIIII")
+_TERMS = struct.Struct("<16sQI")
+_TERMS_OFFSET = 4032  # in a slot page, behind the longest chunk table
 _STORE = struct.Struct("<8sII16sII")
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = PAGE_BYTES - _CRC.size
@@ -81,6 +83,9 @@ class SlotHeader(msgspec.Struct, frozen=True):
     payload_crc32c: int
     slot: int
     segment: int
+    tenant: bytes = bytes(16)  # who it belongs to (tenants.py); zeros: nobody
+    written_s: int = 0  # the store's time when it was written; 0 when it is kept for ever
+    keep_s: int = 0  # how long it is kept from then on; 0: for ever
 
 
 class StoreIdentity(msgspec.Struct, frozen=True):
@@ -135,7 +140,7 @@ def decode_segment(page: bytes | memoryview) -> SegmentHeader | Unreadable:
 def encode_slot(header: SlotHeader, chunk_table: bytes = b"") -> bytes:
     """`chunk_table`: as chunks.py encodes it; readers that don't know of it see zeros or ignore it."""
     assert len(header.key) == len(header.parent) == len(header.namespace) == KEY_BYTES
-    return _sealed(
+    fields = (
         _SLOT.pack(
             SLOT_MAGIC,
             VERSION,
@@ -151,6 +156,8 @@ def encode_slot(header: SlotHeader, chunk_table: bytes = b"") -> bytes:
         )
         + chunk_table
     )
+    assert len(fields) <= _TERMS_OFFSET
+    return _sealed(fields.ljust(_TERMS_OFFSET, b"\0") + _TERMS.pack(header.tenant, header.written_s, header.keep_s))
 
 
 def decode_slot(page: bytes | memoryview) -> SlotHeader | Unreadable:
@@ -159,7 +166,8 @@ def decode_slot(page: bytes | memoryview) -> SlotHeader | Unreadable:
     if fault is not None:
         return fault
     _, _, _, namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment = _SLOT.unpack_from(page)
-    return SlotHeader(namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment)
+    terms = _TERMS.unpack_from(page, _TERMS_OFFSET)
+    return SlotHeader(namespace, key, parent, sequence, payload_bytes, payload_crc32c, slot, segment, *terms)
 
 
 def encode_store(identity: StoreIdentity) -> bytes:

@@ -11,12 +11,14 @@ from common.blocks import KEY_BYTES, Namespace
 from common.errors import InvalidRequest
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
-from common.storage import BlockMeta
+from common.storage import BlockMeta, Terms
 from common.transport.interface import TOKEN_BYTES, Endpoint, LeaseToken
 from services.kvstore.store import Store
 
 SERVICE = "penstock.kvstore.v1.KvStore"
 KEYS_MAX = 262_144  # a 4M-token prompt in blocks of 16
+TENANT_BYTES_MAX = 64
+KEEP_S_MAX = 1_000_000_000  # 31 years: an expiry fits 32 bits
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -50,7 +52,10 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
             namespace = namespace_from_pb(request.namespace)
             _check_count("blocks", len(request.blocks))
             offers = [BlockMeta(block.key, block.parent, block.length) for block in request.blocks]
-            reserved = await self._store.reserve(namespace, offers, _seconds(request.lease_ms))
+            if len(request.tenant) > TENANT_BYTES_MAX:
+                raise InvalidRequest(f"tenant has {len(request.tenant)} bytes: at most {TENANT_BYTES_MAX}", param="tenant")
+            terms = Terms(request.tenant, min(request.keep_s, KEEP_S_MAX))
+            reserved = await self._store.reserve(namespace, offers, _seconds(request.lease_ms), terms)
             return pb.ReserveReply(
                 admissions=[pb.Admission.Name(admission) for admission in reserved.admissions],
                 token=reserved.token or b"",

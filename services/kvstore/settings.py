@@ -52,6 +52,19 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     read_buffer_bytes: Annotated[int, Meta(ge=96 << 20, description="memory for reads that leave by a socket; more wait")] = (
         128 << 20
     )
+    block_ttl_s: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000_000, description="how long a block is kept after it was written or offered again; 0: for ever"),
+    ] = 0
+    tenant_quota_bytes: Annotated[
+        int, Meta(ge=0, description="space that the blocks of one tenant may take; beyond it evicts its own; 0: no quotas")
+    ] = 0
+    admission: Annotated[
+        Literal["all", "second_touch"],
+        Meta(
+            description="second_touch: a block is written when it is offered for the second time, or continues one that was read"
+        ),
+    ] = "all"
     write_buffer_bytes: Annotated[
         int, Meta(ge=128 << 20, description="memory for blocks on their way to the disk; half of it is the byte plane's bound")
     ] = 256 << 20

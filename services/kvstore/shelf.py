@@ -26,6 +26,7 @@ from services.kvstore.free_slots import FreeSlots
 from services.kvstore.index import Index
 from services.kvstore.record import Geometry
 from services.kvstore.segment import Segment
+from services.kvstore.tenants import Tenants
 from services.kvstore.write_item import WriteItem
 
 
@@ -42,12 +43,19 @@ class Shelf:
     """Segments and blocks of one namespace. Belongs to the event loop."""
 
     def __init__(
-        self, namespace: Namespace, geometry: Geometry, policy: EvictionPolicy, ticks: Iterator[int], slots_expected: int = 0
+        self,
+        namespace: Namespace,
+        geometry: Geometry,
+        policy: EvictionPolicy,
+        ticks: Iterator[int],
+        tenants: Tenants,
+        slots_expected: int = 0,
     ) -> None:
         self.namespace = namespace
         self.namespace_bytes = bytes.fromhex(namespace)
         self.geometry = geometry
         self.policy = policy
+        self.tenants = tenants
         self.index = Index(policy, ticks, slots_expected)
         self.segments: dict[int, Segment] = {}  # by position
         self.in_flight: dict[bytes, WriteItem] = {}
@@ -120,28 +128,44 @@ class Shelf:
         """Frees the slot of the block that may best go; None when none may."""
         slot = self.index.evict()
         if slot is not None:
-            self._vacate(slot, SlotState.STORED)
+            self._gone(slot)
         return slot
+
+    def evict_of(self, tenant: int) -> int | None:
+        """`evict`, of one tenant's blocks."""
+        slot = self.index.evict_of(tenant)
+        if slot is not None:
+            self._gone(slot)
+        return slot
+
+    def expire(self, now_s: int) -> int:
+        """Frees the slots of expired blocks, as far as they may go; how many."""
+        gone = self.index.expire(now_s)
+        for slot in gone:
+            self._gone(slot)
+        return len(gone)
 
     def forget(self, slot: int) -> None:
         """Frees the slot of a stored block, whatever hangs on it."""
         self.index.remove(slot)
-        self._vacate(slot, SlotState.STORED)
+        self._gone(slot)
 
     def store(self, item: WriteItem, checksum: int, sequence: int) -> None:
         """The item's block is durable in its slot: visible from now on."""
         self._move(item.slot, SlotState.IN_FLIGHT, SlotState.STORED)
         del self.in_flight[item.key]
-        self.index.insert(item.slot, item.key, item.parent, checksum, sequence)
+        self.index.insert(item.slot, item.key, item.parent, checksum, sequence, item.tenant, item.expires_s)
 
     def give_back(self, item: WriteItem, *, failed: bool) -> None:
         """The item's slot will not be filled; after an I/O error it isn't used again."""
         del self.in_flight[item.key]
+        self.tenants.charge(item.tenant, -self.geometry.slot_bytes)
         self._vacate(item.slot, SlotState.IN_FLIGHT, usable=not failed)
 
     def condemn(self, slot: int) -> None:
         """A stored block turned out bad, or isn't wanted: it is a miss from now on. `erased` follows."""
         self.index.remove(slot)
+        self._refund(slot)
         self._move(slot, SlotState.STORED, SlotState.ERASING)
 
     def condemn_coldest(self) -> int | None:
@@ -170,7 +194,11 @@ class Shelf:
         assert (states[slots] == SlotState.RETIRED).all()
         states[slots] = SlotState.STORED
         order = np.lexsort((entries["sequence"], entries["tick"]))
-        self.index.insert_all(slots[order], entries[order])
+        numbers = self.tenants.numbers(entries["tenant"])
+        for number, blocks in enumerate(np.bincount(numbers).tolist()):
+            if blocks:
+                self.tenants.charge(number, blocks * self.geometry.slot_bytes)
+        self.index.insert_all(slots[order], entries[order], numbers[order])
         for segment, rows in found:
             if not segment.writable:
                 for slot in rows["slot"].tolist():
@@ -185,6 +213,7 @@ class Shelf:
             return None
         out = self.index.entries((within + slots.start).astype(np.int32))
         out["slot"] = within
+        out["tenant"] = self.tenants.digests(self.index.tenants((within + slots.start).astype(np.int32)))
         return out
 
     def lose(self, slots: range) -> int:
@@ -194,6 +223,7 @@ class Shelf:
         for slot in slots:
             if self._state[slot] == SlotState.STORED:
                 self.index.remove(slot)
+                self._refund(slot)
                 lost += 1
             if self._state[slot] in (SlotState.STORED, SlotState.FREE):
                 self._state[slot] = SlotState.RETIRED
@@ -211,6 +241,14 @@ class Shelf:
     def segment_slots(self, position: int) -> range:
         per_segment = self.geometry.slots_per_segment
         return range(position * per_segment, (position + 1) * per_segment)
+
+    def _gone(self, slot: int) -> None:
+        """The block that was stored in the slot is no longer in the index."""
+        self._refund(slot)
+        self._vacate(slot, SlotState.STORED)
+
+    def _refund(self, slot: int) -> None:
+        self.tenants.charge(self.index.tenant(slot), -self.geometry.slot_bytes)
 
     def _vacate(self, slot: int, old: SlotState, *, usable: bool = True) -> None:
         """Nothing of use is in the slot any more: FREE where it can be written, else RETIRED."""

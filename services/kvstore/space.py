@@ -20,13 +20,14 @@ from common.blocks import Namespace
 from common.disk.io_pool import IoPool
 from common.logs import Log
 from services.kvstore.disk import Disk, DiskState
-from services.kvstore.eviction import LeafLru
+from services.kvstore.eviction import NewcomersFirst
 from services.kvstore.files import Files
 from services.kvstore.metrics import Metrics
 from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
 from services.kvstore.segment import Segment
 from services.kvstore.segment_files import SegmentFiles
 from services.kvstore.shelf import Shelf, SlotState
+from services.kvstore.tenants import Tenants
 
 log = Log("space")
 COMPARE_PAUSE_S = 5.0  # comparing namespaces looks at every block of the others
@@ -46,8 +47,10 @@ class Space:
         segment_bytes: int,
         clock: Callable[[], float],
         failed: Callable[[Disk, BaseException], None],
+        tenants: Tenants,
     ) -> None:
         """`failed` is told of errors on a disk."""
+        self.tenants = tenants
         self.shelves: dict[Namespace, Shelf] = {}
         self.disks = disks
         self.segment_files = SegmentFiles(files, disks, pool, clock, failed)
@@ -84,7 +87,7 @@ class Space:
     def add_found(self, namespace: Namespace, geometry: Geometry, ticks: Iterator[int]) -> Shelf:
         """The shelf of a namespace, which at start is found on disk."""
         slots_expected = self.budget_bytes // geometry.slot_bytes
-        shelf = self.shelves[namespace] = Shelf(namespace, geometry, LeafLru(), ticks, slots_expected)
+        shelf = self.shelves[namespace] = Shelf(namespace, geometry, NewcomersFirst(), ticks, self.tenants, slots_expected)
         return shelf
 
     def geometry(self, payload_bytes: int) -> Geometry:
@@ -141,8 +144,12 @@ class Space:
                 return disk
         return None
 
-    def take(self, shelf: Shelf, parent: bytes) -> int | None:
-        """A slot to write into, evicting if need be; None: there is no space."""
+    def take(self, shelf: Shelf, parent: bytes, tenant: int = 0) -> int | None:
+        """A slot to write into, evicting if need be, of the tenant's own if it is at its quota; None: there is no space."""
+        while self.tenants.over_quota(tenant, shelf.geometry.slot_bytes):
+            if shelf.evict_of(tenant) is None:
+                return None
+            self._metrics.quota_evictions += 1
         disk = self._disk_after(shelf, parent)
         slot = shelf.take(disk)
         if slot is None and shelf.evict() is not None:
@@ -168,6 +175,13 @@ class Space:
                 segment = self._empty_segment(shelf, position)
                 log.event("segment_dropped", path=str(segment.path), reason="over the budget")
                 self.segment_files.remove_now(segment)
+
+    def fit_quotas(self) -> None:
+        """At start: evicts what tenants have over their quotas."""
+        for tenant in self.tenants.over():
+            for shelf in self.shelves.values():
+                while self.tenants.over_quota(tenant) and shelf.evict_of(tenant) is not None:
+                    self._metrics.quota_evictions += 1
 
     async def lose(self, disk: Disk) -> None:
         """A disk is gone: its blocks are misses from now on. Others get their turns in between."""

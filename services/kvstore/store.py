@@ -20,17 +20,18 @@ from pathlib import Path
 
 import msgspec
 
-from common.blocks import Namespace
+from common.blocks import KEY_BYTES, Namespace
 from common.disk.engine import open_engine
 from common.disk.io_pool import IoPool
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
-from common.storage import Admission, BlockMeta
+from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken
 from services.kvstore.checkpoints import Checkpoints
 from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
 from services.kvstore.disk_watch import DiskWatch
+from services.kvstore.doorkeeper import Doorkeeper
 from services.kvstore.files import Files
 from services.kvstore.found import FoundNamespace
 from services.kvstore.intake import Intake
@@ -38,10 +39,13 @@ from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import PAYLOAD_BYTES_MAX
+from services.kvstore.reuse import ReuseSample
 from services.kvstore.scan import WINDOW, scan
 from services.kvstore.segment import Segment
 from services.kvstore.shelf import Shelf
 from services.kvstore.space import Space
+from services.kvstore.store_time import StoreTime
+from services.kvstore.tenants import Tenants, digest
 from services.kvstore.writer import Outcome, SlotWrite, Writer
 
 log = Log("store")
@@ -77,6 +81,7 @@ class Store:
         *,
         files: Files | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
     ) -> None:
         self.epoch = os.urandom(EPOCH_BYTES)
@@ -94,6 +99,9 @@ class Store:
         )
         self.files_pool = IoPool(_FILE_THREADS, "kvstore-files", _PENDING_WRITES_MAX)
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
+        self.time_s = StoreTime(clock, wall)
+        self.tenants = Tenants(options.tenant_quota_bytes)
+        self.reuse = ReuseSample()
         self.space = Space(
             self._files,
             self.disks,
@@ -102,12 +110,14 @@ class Store:
             segment_bytes=options.segment_bytes,
             clock=clock,
             failed=lambda disk, error: self.watch.failed(disk, error),
+            tenants=self.tenants,
         )
-        self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, lambda: 0)
+        self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, self.time_s)
         self.watch = DiskWatch(self._files, self.space)
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
-        self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max)
+        doorkeeper = Doorkeeper() if options.admission == "second_touch" else None
+        self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max, doorkeeper)
         self._lease_ended = asyncio.Event()
         self._erasing: set[asyncio.Task[bool]] = set()
 
@@ -119,10 +129,13 @@ class Store:
         *,
         files: Files | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
     ) -> "Store":
         """Opens one folder or several, new or not. Blocking. Raises `Unavailable` when another process has one."""
-        store = cls([folders] if isinstance(folders, Path) else folders, options, files=files, clock=clock, metrics=metrics)
+        store = cls(
+            [folders] if isinstance(folders, Path) else folders, options, files=files, clock=clock, wall=wall, metrics=metrics
+        )
         try:
             store._load()
         except BaseException:
@@ -141,6 +154,9 @@ class Store:
         self.writer.next_sequence = max(found.last_sequence, found.last_tick) + 1
         self.metrics.corrupt_blocks += counts.damaged + counts.foreign + counts.torn
         self.space.fit_budget()
+        self.time_s.not_before(found.time_s)
+        self._expire()
+        self.space.fit_quotas()
         seconds = time.monotonic() - started_s
         log.event(
             "store_opened",
@@ -168,7 +184,8 @@ class Store:
         """The longest stored prefix of a chain, leased if asked for. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         shelf = self.space.shelves.get(namespace)
-        slots = shelf.index.prefix(keys) if shelf is not None else NO_SLOTS
+        slots = shelf.index.unexpired(shelf.index.prefix(keys), self.time_s()) if shelf is not None else NO_SLOTS
+        self.reuse.asked(keys)
         self.metrics.lookups += 1
         self.metrics.lookup_blocks += len(keys)
         self.metrics.hit_blocks += len(slots)
@@ -229,7 +246,9 @@ class Store:
 
     # Writing
 
-    async def reserve(self, namespace: Namespace, offers: Sequence[BlockMeta], ttl_s: float | None) -> Reserved:
+    async def reserve(
+        self, namespace: Namespace, offers: Sequence[BlockMeta], ttl_s: float | None, terms: Terms = NO_TERMS
+    ) -> Reserved:
         """Space for blocks that aren't stored, leased for writing. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         self.leases.check_room()
@@ -239,7 +258,9 @@ class Store:
             return self._none_accepted(offers, length)
         await self.space.prepare(shelf, self.intake.room(shelf, offers))
         self._refuse_while_draining()
-        lease = WriteLease(shelf)
+        self.reuse.offered([offer.key for offer in offers if len(offer.key) == KEY_BYTES])
+        keep_s = terms.keep_s or self.options.block_ttl_s
+        lease = WriteLease(shelf, self.tenants.number(digest(terms.tenant)), self.time_s() if keep_s else 0, keep_s)
         admissions = self.intake.admit(lease, offers)
         if Admission.ACCEPTED not in admissions:
             self._end(lease)
@@ -278,8 +299,13 @@ class Store:
         for lease in self.leases.expired():
             self.metrics.expired_leases += 1
             self._end(lease)
+        self._expire()
         self.space.forget_empty()
         self.checkpoints.save_quiet()
+
+    def _expire(self) -> None:
+        now_s = self.time_s()
+        self.metrics.expired_blocks += sum(shelf.expire(now_s) for shelf in self.space.shelves.values())
 
     def _end(self, lease: Lease) -> None:
         assert not lease.ended

@@ -30,12 +30,21 @@ NEXT: dict[WriteState, dict[str, WriteState]] = {
 class WriteItem:
     """One slot to be filled."""
 
-    def __init__(self, slot: int, key: bytes, parent: bytes) -> None:
+    def __init__(self, slot: int, key: bytes, parent: bytes, tenant: int = 0, written_s: int = 0, keep_s: int = 0) -> None:
+        """`written_s` and `keep_s` as in the slot page; both 0: kept for ever."""
         self.slot = slot
         self.key = key
         self.parent = parent
+        self.tenant = tenant
+        self.written_s = written_s
+        self.keep_s = keep_s
         self.state = WriteState.RESERVED
         self.image: memoryview | None = None  # header page and payload, while FILLING or WRITING
+
+    @property
+    def expires_s(self) -> int:
+        """0: never."""
+        return self.written_s + self.keep_s
 
     def step(self, event: str) -> None:
         self.state = NEXT[self.state][event]

@@ -1,6 +1,7 @@
 """A store with an area over it, and blocks whose bytes follow from their keys."""
 
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from common.blocks import Namespace
-from common.storage import Admission, BlockMeta
+from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken, Part, PartStatus
 from common.transport.memory import crc32c
 from services.kvstore.area import StoreArea
@@ -79,10 +80,15 @@ class Rig:
         )
 
     async def put(
-        self, keys: Sequence[bytes], parent: bytes = ROOT, namespace: Namespace = NAMESPACE, length: int = LENGTH
+        self,
+        keys: Sequence[bytes],
+        parent: bytes = ROOT,
+        namespace: Namespace = NAMESPACE,
+        length: int = LENGTH,
+        terms: Terms = NO_TERMS,
     ) -> list[PartStatus | Admission]:
         """Writes a chain; per block the status of its write, or why it wasn't admitted."""
-        reserved = await self.store.reserve(namespace, offers(keys, parent, length), None)
+        reserved = await self.store.reserve(namespace, offers(keys, parent, length), None, terms)
         if reserved.token is None:
             return list(reserved.admissions)
         out = await self.fill(reserved, keys, length)
@@ -159,11 +165,12 @@ async def rig(
     *,
     files: Files | None = None,
     clock: Callable[[], float] | None = None,
+    wall: Callable[[], float] = time.time,
     read_deadline_s: float = 10.0,
     buffer_bytes: int = 8 * MIB,
 ) -> AsyncIterator[Rig]:
     """An open store; checked and closed at the end."""
-    store = Store.open(folder, chosen or options(), files=files, clock=clock or Clock())
+    store = Store.open(folder, chosen or options(), files=files, clock=clock or Clock(), wall=wall)
     try:
         out = Rig(store, read_deadline_s, buffer_bytes)
         yield out

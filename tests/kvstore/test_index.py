@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.kvstore.entries import ENTRY
-from services.kvstore.eviction import LeafLru
+from services.kvstore.eviction import NewcomersFirst
 from services.kvstore.index import Index
 from services.kvstore.key_table import words
 from tests.kvstore.support import ROOT, chain
@@ -25,7 +25,7 @@ def index_of(keys: list[bytes], parent: bytes = ROOT, into: Index | None = None,
 
 
 def new_index() -> Index:
-    out = Index(LeafLru(), itertools.count(1))
+    out = Index(NewcomersFirst(), itertools.count(1))
     out.grow(SLOTS)
     return out
 
@@ -63,6 +63,36 @@ def test_a_use_makes_the_whole_prefix_warm() -> None:
     index = index_of(newer, into=index_of(older), first_slot=10)
     index.touch(index.prefix(older))
     assert evicted(index) == [*reversed(newer), *reversed(older)]
+
+
+def test_a_chain_that_was_found_outlives_newcomers_and_so_does_what_comes_under_it() -> None:
+    found, read_once = chain(4, "found"), chain(4, "once")
+    index = index_of(found)
+    index.touch(index.prefix(found))
+    index_of(chain(2, "more", found[-1]), found[-1], index, 4)
+    index_of(read_once, ROOT, index, 10)
+    assert evicted(index)[:4] == list(reversed(read_once))
+
+
+def test_newcomers_within_their_share_go_after_what_is_proven() -> None:
+    index = index_of(chain(27, "proven"))
+    index.touch(index.prefix(chain(27, "proven")))
+    newcomers = chain(4, "new")
+    index_of(newcomers, ROOT, index, 30)
+    gone = evicted(index)
+    assert gone[:2] == [newcomers[3], chain(27, "proven")[26]]  # 4 of 31 are too many, 3 of 30 are not
+    assert gone[-1] in (newcomers[0], chain(27, "proven")[0])
+
+
+def test_what_is_proven_stays_so_when_blocks_are_taken_in_again() -> None:
+    found, read_once = chain(3, "found"), chain(3, "once")
+    index = index_of(read_once, ROOT, index_of(found), 10)
+    index.touch(index.prefix(found))
+    slots = np.array([10, 11, 12, 0, 1, 2], np.int32)
+    again = new_index()
+    again.insert_all(slots, index.entries(slots))
+    assert again.check_integrity() == []
+    assert evicted(again)[:3] == list(reversed(read_once))
 
 
 def test_a_pinned_block_keeps_its_prefix_but_not_what_hangs_on_it() -> None:
