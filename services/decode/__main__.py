@@ -8,10 +8,10 @@ from services.decode.settings import DecodeSettings
 
 
 async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
-    from services.decode.worker import DecodeWorker  # brings torch, which --help and a wrong flag do without
+    from services.decode.worker import DecodeKind  # brings torch, which --help and a wrong flag do without
     from services.worker.node import serve_worker
 
-    await serve_worker("decode", settings, stop, DecodeWorker)
+    await serve_worker("decode", settings, stop, DecodeKind())
 
 
 if __name__ == "__main__":

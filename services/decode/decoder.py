@@ -19,9 +19,10 @@ from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, Pen
 from common.generation import FinishReason, Token
 from common.logs import Log
 from services.decode.filling import Filled, Filler
+from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.types import NewSequence, SequenceStep, StepResult
-from services.worker.requests import DecodeRequest, Report, RequestStep
+from services.worker.requests import DecodeRequest, Flow, PrefillProgress, Report, RequestStep
 from services.worker.writeback import Chain, Writer
 
 log = Log("decoder")
@@ -43,6 +44,7 @@ class Live:
         self.chain: Chain | None = None
         self.first_seen = False
         self.in_engine = False
+        self.loading: asyncio.Task[None] | None = None  # what still loads while the engine computes
         self.ended = False
 
     def __repr__(self) -> str:
@@ -52,7 +54,7 @@ class Live:
 class Decoder:
     """Runs requests on one engine. All methods belong to the event loop's thread."""
 
-    def __init__(self, engine: EngineLoop, filler: Filler, writer: Writer, requests_max: int) -> None:
+    def __init__(self, engine: EngineLoop[Engine], filler: Filler, writer: Writer, requests_max: int) -> None:
         self._engine = engine
         self._filler = filler
         self._writer = writer
@@ -76,6 +78,7 @@ class Decoder:
             return None
         self._live[key] = live
         live.task = asyncio.create_task(self._supervise(live), name=f"request {key}")
+        live.task.add_done_callback(lambda _: self._leave(live))
         return key
 
     def _refusal(self) -> PenstockError | None:
@@ -124,12 +127,14 @@ class Decoder:
         except Exception:
             log.exception("request_failed", request_id=live.request.id)
             self._end(live, FinishReason.ERROR, error=Internal("the decode worker failed on this request"))
-        finally:
-            del self._live[live.key]
-            self._leave(live)
 
     def _leave(self, live: Live) -> None:
-        """The engine lets go of the sequence: at once, or when its last blocks are written back."""
+        """The request's task is over, if it ever began. The engine lets go of the sequence: at once, or when its last
+        blocks are written back."""
+        self._end(live, FinishReason.CANCELLED, error=Cancelled("the request was cancelled"))
+        del self._live[live.key]
+        if live.loading is not None:
+            live.loading.cancel()
         if live.chain is None:
             return
         if live.over.is_set():
@@ -141,7 +146,7 @@ class Decoder:
 
     async def _run(self, live: Live) -> None:
         request = live.request
-        filled = await self._filler.fill(request, live.report)
+        filled = await self._filler.fill(request, live.report, lambda progress: self._first(live, progress))
         if filled.first is not None and self._first_ends(live, filled):
             self._keep_staged(live, filled)
             return
@@ -150,7 +155,9 @@ class Decoder:
             live.chain.tokens.append(filled.first.id)
         live.submitted = time.perf_counter()
         output = (*request.output, filled.first.id) if filled.first else request.output
-        sequence = NewSequence(live.key, request.prompt, request.sampling, output, filled.kv, hold=True)
+        if filled.loading is not None:
+            live.loading = filled.loading
+        sequence = NewSequence(live.key, request.prompt, request.sampling, output, filled.kv, meeting=filled.meeting, hold=True)
         self._engine.add(sequence)
         live.in_engine = True
         await live.over.wait()
@@ -165,20 +172,24 @@ class Decoder:
     def _keep_staged(self, live: Live, filled: Filled) -> None:
         """A request that ended with prefill's token never enters the engine: its blocks are written back from the stage."""
         chain = self._chain(live, filled, filled.drop, filled.slots)
-        self._writer.offer(chain, len(live.request.prompt))
+        self._writer.offer(chain, filled.kv.tokens if filled.kv else 0)
         self._writer.finish(chain)
 
-    def _first_ends(self, live: Live, filled: Filled) -> bool:
-        """Sends prefill's first token on; whether it is also the last."""
-        assert filled.first is not None
+    def _first(self, live: Live, progress: PrefillProgress) -> None:
+        """Sends prefill's first token on, while KV is still on its way; one that ends the request waits for the report."""
+        assert progress.first is not None and not live.first_seen
         live.first_seen = True
         tracing.record("first_token", time.perf_counter() - live.began, live.request.traceparent)
+        if progress.finish is not FinishReason.STOP and live.request.sampling.max_tokens > 1:
+            live.emit(RequestStep(live.request.id, (progress.first,)))
+
+    def _first_ends(self, live: Live, filled: Filled) -> bool:
+        """Whether prefill's token, the first, is also the last."""
+        assert filled.first is not None
         if filled.finish is FinishReason.STOP:
             self._end(live, FinishReason.STOP, (filled.first,), filled.stop_token)
         elif live.request.sampling.max_tokens <= 1:
             self._end(live, FinishReason.LENGTH, (filled.first,))
-        else:
-            live.emit(RequestStep(live.request.id, (filled.first,), report=live.report))
         return live.ended
 
     def _news(self, live: Live, step: SequenceStep) -> None:
@@ -187,6 +198,9 @@ class Decoder:
             waited = step.started_at - live.submitted
             live.report.queue_s += waited
             tracing.record("queue", waited, live.request.traceparent)
+        if step.loaded_bytes:
+            moved = live.report.host_to_device
+            live.report.host_to_device = Flow(moved.bytes + step.loaded_bytes, moved.seconds + step.loaded_s)
         if step.preempted:
             live.report.preemptions += 1
             self._writer.preempted(live.chain)
@@ -195,6 +209,7 @@ class Decoder:
         if step.tokens and not live.first_seen:
             live.first_seen = True
             live.report.prefill_s = time.perf_counter() - live.submitted - live.report.queue_s
+            live.report.computed_tokens = len(live.request.prompt) - live.report.cached_tokens
             tracing.record("prefill", live.report.prefill_s, live.request.traceparent)
             tracing.record("first_token", time.perf_counter() - live.began, live.request.traceparent)
             if step.finish is None:

@@ -1,11 +1,13 @@
 """Fills a request's stage slots: the KV of its leading tokens, from storage, prefill or nowhere.
 
-`Filler.fill` tries the route, and falls down a ladder when a rung breaks, never to an error of the
-stream's: prefill fails -> load the stored prefix here; a block fails -> the prefix before it; nothing
-left -> the engine recomputes. Only a full stage refuses the request, at once.
+`Filler.fill` carries out the route, and falls down a ladder when a rung breaks, never to an error of the stream's:
+decode can't pull a block -> prefill pulls it or computes it; prefill fails -> what came is kept, and the rest of the stored
+prefix is pulled here; a block fails -> the prefix before it; nothing left -> the engine recomputes. Only a full stage refuses
+the request, at once.
 
-Slots belong to the `Filled` that is returned, and are given back by whoever takes it
-(`Filled.kv.on_copied`, or `Filled.drop`).
+With a prefill worker, the slots of the whole prompt are shared with it under one lease (services/worker/stage.py): it reads
+what is pulled here, and fills the rest. Slots belong to the `Filled` that is returned, and are given back by whoever
+takes it (`Filled.kv.on_copied`, or `Filled.drop`).
 """
 
 import asyncio
@@ -19,21 +21,26 @@ from common.blocks import reusable_blocks
 from common.errors import LeaseRejected, PenstockError
 from common.generation import FinishReason, Token
 from common.logs import Log
-from common.routes import Plan
+from common.routes import Leg, Order, Source, clipped, plan_of
+from common.transport.counters import Flow as Moved
 from common.transport.interface import Endpoint, LeaseToken
+from services.decode.grants import Grants
 from services.decode.prefill_client import PrefillPeers
+from services.worker.engine.meeting import Meeting
 from services.worker.engine.types import LoadedKv
-from services.worker.loading import Form, Reader, Stored
+from services.worker.ledger import Ledger
+from services.worker.loading import Form, Loaded, Pull, Reader, Stored, from_back, in_order
 from services.worker.requests import DecodeRequest, Flow, PrefillProgress, PrefillRequest, Report, StageLease
 from services.worker.stage import Lease, Right, Stage
 
 log = Log("filling")
+OnFirst = Callable[[PrefillProgress], None]
 
 
 class Filled(msgspec.Struct, frozen=True):
     """What the engine starts from.
 
-    `kv` is None when nothing was filled; its bytes are in `slots`. `first` came from prefill, with how it ended the sequence.
+    `kv` is None when nothing was filled; its bytes are in `slots`. `meeting`, instead: it is still being filled, by `loading`. `first` came from prefill, with how it ended the sequence.
     `stored_blocks` leading blocks are in the reservoir already.
     """
 
@@ -43,153 +50,328 @@ class Filled(msgspec.Struct, frozen=True):
     first: Token | None = None
     finish: FinishReason | None = None
     stop_token: int | None = None
+    meeting: Meeting | None = None
+    loading: asyncio.Task[None] | None = None
 
     def drop(self) -> None:
         """Gives the slots back when no engine will."""
         if self.kv is not None:
             self.kv.on_copied()
+        if self.meeting is not None:
+            self.meeting.over()
 
 
 class Filler:
     """Carries out routes into one stage."""
 
     def __init__(
-        self, stage: Stage, endpoint: Callable[[], Endpoint], reader: Reader, prefills: PrefillPeers, block_tokens: int, lease_s: float
+        self, stage: Stage, endpoint: Callable[[], Endpoint], reader: Reader, prefills: PrefillPeers, block_tokens: int, lease_s: float,
+        wake: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._stage = stage
-        self._endpoint = endpoint
-        self._reader = reader
-        self._prefills = prefills
-        self._block_tokens = block_tokens
-        self._lease_s = lease_s
+        self.stage = stage
+        self.endpoint = endpoint
+        self.reader = reader
+        self.prefills = prefills
+        self.block_tokens = block_tokens
+        self.lease_s = lease_s
+        self.wake = wake  # the engine may wait for what has come
 
-    async def fill(self, request: DecodeRequest, report: Report) -> Filled:
-        """Raises Overloaded when the stage has no room now."""
-        route = request.route
-        stored = self._usable(request)
+    async def fill(self, request: DecodeRequest, report: Report, on_first: OnFirst) -> Filled:
+        """`on_first` is called once, if prefill samples a first token. Raises Overloaded when the stage has no room now."""
+        filling = _Filling(self, request, report, on_first)
+        if request.route.order is Order.MEET and not request.route.prefill:
+            return filling.meeting()
+        filled = Filled()
         try:
-            if route.prefill and not request.output:
-                return await self._by_prefill(request, stored, report)
-            return await self._direct(request, stored, report)
+            filled = await (filling.by_prefill() if request.route.prefill and not request.output else filling.alone())
         finally:
-            if route.stored is not None:
-                await asyncio.shield(self._reader.release(route.stored))
+            try:
+                await asyncio.shield(filling.release())
+            except asyncio.CancelledError:
+                filled.drop()
+                raise
+        return filled
 
-    def _usable(self, request: DecodeRequest) -> Stored | None:
+
+class _Filling:
+    """One request's."""
+
+    def __init__(self, filler: Filler, request: DecodeRequest, report: Report, on_first: OnFirst) -> None:
+        self._in = filler
+        self._request = request
+        self._report = report
+        self._on_first = on_first
+        self._stored = self._usable()
+        self._legs = clipped(request.route.legs, self._stored.blocks) if self._stored else ()
+        self._moved = Moved()
+        self._came: set[int] = set()  # blocks that were pulled here
+        self._first = PrefillProgress(0)  # with the first token, once there is one
+
+    def _usable(self) -> Stored | None:
         """The stored prefix, cut so that at least one token is left to compute."""
-        stored = request.route.stored
+        stored = self._request.route.stored
         if stored is None:
             return None
-        known = len(request.prompt) + len(request.output)
-        blocks = min(stored.blocks, reusable_blocks(known, self._block_tokens))
+        known = len(self._request.prompt) + len(self._request.output)
+        blocks = min(stored.blocks, reusable_blocks(known, self._in.block_tokens))
         return msgspec.structs.replace(stored, blocks=blocks) if blocks else None
 
-    async def _direct(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
-        """Pulls the stored prefix from SSD; the engine computes the rest."""
-        if stored is None:
+    async def release(self) -> None:
+        """Gives the lease on storage back."""
+        if self._request.route.stored is not None:
+            await self._in.reader.release(self._request.route.stored)
+
+    # Without prefill
+
+    def meeting(self) -> Filled:
+        """Pulls the legs from their end, while the engine computes from the prompt's front."""
+        wanted = _leading(self._legs)
+        request, block_tokens = self._request, self._in.block_tokens
+        slots = self._in.stage.reserve(wanted)
+        leg = Leg(0, wanted, Source.STORAGE_TO_DECODE)
+        blocks = -(-(len(request.prompt) + len(request.output)) // block_tokens)
+        ledger = Ledger(blocks, 1, [leg] if wanted else [])
+        shares = _Shares(lambda: self._in.stage.free(slots), 2)
+        loading = asyncio.create_task(self._load_to_meet(slots, ledger, leg), name=f"loading {request.id}")
+        loading.add_done_callback(lambda _: shares.let_go())
+        views = [self._in.stage.view(slot, 0, self._in.reader.bytes_in_slot(Form.STORED)) for slot in slots]
+        meeting = Meeting(ledger, views, block_tokens, shares.threadsafe(asyncio.get_running_loop()))
+        return Filled(meeting=meeting, loading=loading)
+
+    async def _load_to_meet(self, slots: Sequence[int], ledger: Ledger, leg: Leg) -> None:
+        report = self._report
+
+        def landed(came: Sequence[int], failed: Sequence[int]) -> None:
+            self._came.update(came)
+            report.cached_tokens = len(self._came) * self._in.block_tokens
+            report.storage_to_decode = Flow(self._moved.bytes, self._moved.busy_s)
+            report.plan = plan_of([leg.source] if self._came else [], Order.MEET, by_prefill=False)
+            if came:
+                ledger.arrived(came, 1)
+            if failed:
+                ledger.failed(failed)
+            self._in.wake()
+
+        try:
+            if self._stored is not None and leg.blocks:
+                batches = from_back(ledger, leg)
+                pull = Pull(self._stored, slots, batches, leg.blocks, landed, self._moved, self._request.deadline_s, Form.STORED)
+                self._noted(await self._in.reader.pull(pull))
+        finally:
+            await asyncio.shield(self.release())
+
+    async def alone(self) -> Filled:
+        """Pulls the legs from SSD; the engine computes the rest."""
+        stored, wanted = self._stored, _leading(self._legs)
+        if stored is None or not wanted:
             return Filled()
-        slots = self._stage.reserve(stored.blocks)
+        slots = self._in.stage.reserve(wanted)
         good = 0
         try:
-            loaded = await self._reader.load(stored, slots, request.deadline_s, Form.STORED)
-            good = loaded.blocks
+            self._noted(await self._pull(stored, slots, range(wanted), Form.STORED))
+            good = _prefix(self._came, wanted)
         finally:
-            self._stage.free(slots[good:])
-        report.storage_to_decode = Flow(loaded.bytes, loaded.seconds)
-        report.carrier = loaded.carrier
-        tracing.record("ssd_read", loaded.seconds, request.traceparent, blocks=good, bytes=loaded.bytes, carrier=loaded.carrier)
+            self._in.stage.free(slots[good:])
+        self._report.cached_tokens = good * self._in.block_tokens
+        self._report.plan = plan_of([Source.STORAGE_TO_DECODE] if good else [], Order.FORWARD, by_prefill=False)
+        return self._filled(slots[:good], self._report.cached_tokens, good, Form.STORED)
+
+    async def _pull(self, stored: Stored, slots: Sequence[int], blocks: Sequence[int], form: Form) -> Loaded:
+        def landed(came: Sequence[int], failed: Sequence[int]) -> None:
+            self._came.update(came)
+
+        return await self._in.reader.pull(
+            Pull(stored, slots, in_order(blocks), len(blocks), landed, self._moved, self._request.deadline_s, form)
+        )
+
+    def _noted(self, loaded: Loaded) -> None:
+        """A pull is over."""
+        report, moved = self._report, self._moved
+        report.storage_to_decode = Flow(moved.bytes, moved.busy_s)
+        report.carrier = loaded.carrier or report.carrier
+        parent = self._request.traceparent
+        tracing.record("ssd_read", moved.busy_s, parent, blocks=moved.parts_ok, bytes=moved.bytes, carrier=loaded.carrier)
         if loaded.failure:
-            report.fallback = "; ".join(filter(None, (report.fallback, f"storage: {loaded.failure}")))
-            log.warning("fallback", request_id=request.id, reason=report.fallback)
-        if not good:
-            return Filled()
-        report.plan = Plan.DIRECT
-        report.cached_tokens = good * self._block_tokens
-        views = [self._stage.view(slot, 0, loaded.bytes_per_block) for slot in slots[:good]]
-        return Filled(LoadedKv(report.cached_tokens, views, self._freer(slots[:good])), slots[:good], good)
+            self._fell(f"storage: {loaded.failure}")
 
-    async def _by_prefill(self, request: DecodeRequest, stored: Stored | None, report: Report) -> Filled:
-        """Has a prefill worker fill the whole prompt and sample the first token.
+    def _fell(self, reason: str) -> None:
+        self._report.fallback = "; ".join(filter(None, (self._report.fallback, reason)))
+        log.warning("fallback", request_id=self._request.id, reason=reason)
 
-        When it fails, the blocks that had come are used; without any, the stored prefix is pulled here.
-        """
-        route = request.route
-        slots = self._stage.reserve(-(-len(request.prompt) // self._block_tokens))
-        granted = self._stage.grant(slots, Right.WRITE, self._lease_s)
-        lease = StageLease(granted.token, self._endpoint(), self._lease_s)
+    # With prefill
+
+    async def by_prefill(self) -> Filled:
+        """Has a prefill worker fill what is not pulled here, and sample the first token."""
+        stage, request = self._in.stage, self._request
+        slots = stage.reserve(-(-len(request.prompt) // self._in.block_tokens))
+        lease = stage.grant(slots, Right.SHARE, self._in.lease_s)
+        good = 0
+        try:
+            report = await self._together(lease, slots)
+            await asyncio.shield(stage.revoke(lease.token))  # from here on nothing is written but by us
+            filled = {block for block in range(len(slots)) if lease.is_filled(block)}
+            if self._in.reader.free:
+                filled.update(block for leg in self._legs for block in range(leg.first_block, leg.last_block))
+            if report is None:
+                filled = await self._pull_missing(filled, slots)
+            good = self._kept(_prefix(filled, len(slots)), len(slots))
+        finally:
+            stage.free(slots[good:])  # ends the lease, unless that is done
+        if report is None:
+            cached = min(good, self._stored.blocks if self._stored else 0)
+            self._report.cached_tokens = cached * self._in.block_tokens
+            self._report.plan = plan_of([Source.STORAGE_TO_DECODE] if cached else [], Order.FORWARD, by_prefill=False)
+        else:
+            self._merge(report)
+            cached = self._report.cached_tokens // self._in.block_tokens
+        tokens = min(good * self._in.block_tokens, len(request.prompt))
+        return self._filled(slots[:good], tokens, 0 if self._report.fallback else cached, Form.RAW)
+
+    def _kept(self, good: int, blocks: int) -> int:
+        """Leading blocks the engine can start from: not the prompt's last token's, unless the first output token is there."""
+        if self._first.first is not None:
+            return good
+        return min(good, reusable_blocks(len(self._request.prompt), self._in.block_tokens))
+
+    async def _together(self, lease: Lease, slots: Sequence[int]) -> Report | None:
+        """Prefill's report; None when it failed, and what it did until then is in the lease's items."""
+        request = self._request
         run = PrefillRequest(
             request.id,
             request.prompt,
             request.sampling,
-            lease,
-            route.legs,
-            route.order,
-            stored,
+            StageLease(lease.token, self._in.endpoint(), self._in.lease_s),
+            self._legs,
+            request.route.order,
+            self._stored,
             request.deadline_s,
             tracing.traceparent(),
         )
-        keeping = asyncio.create_task(self._keep(granted.token))
-        last: PrefillProgress | None = None
-        good = 0
-        try:
-            last = await self._prefills.run(request.route.prefill, run)
-            good = len(slots)
-        except PenstockError as error:
-            good = min(_filled_prefix(granted), reusable_blocks(len(request.prompt), self._block_tokens))
-            report.fallback = f"prefill: {error.message}"
-            log.warning("fallback", request_id=request.id, reason=report.fallback, blocks_kept=good)
-        finally:
-            keeping.cancel()
-            await asyncio.shield(self._stage.revoke(granted.token))
-            self._stage.free(slots[good:])
-        if last is not None:
-            self._merge(report, last.report or Report())
-            kv = LoadedKv(len(request.prompt), self._views(slots), self._freer(slots))
-            return Filled(kv, slots, report.cached_tokens // self._block_tokens, last.first, last.finish, last.stop_token)
-        if not good:
-            return await self._direct(request, stored, report)
-        stored_blocks = min(good, stored.blocks if stored else 0)
-        report.cached_tokens = stored_blocks * self._block_tokens
-        return Filled(
-            LoadedKv(good * self._block_tokens, self._views(slots[:good]), self._freer(slots[:good])), slots[:good], stored_blocks
+        grants = Grants(self._in.stage, lease, self._legs, request.route.order)
+        report: Report | None = None
+
+        def told(progress: PrefillProgress) -> None:
+            grants.granted(progress.pull_from)
+            if progress.first is not None:
+                self._first = progress
+                self._on_first(progress)
+
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(self._keep(lease.token))
+            group.create_task(self._pull_granted(grants, slots))
+            try:
+                report = await self._in.prefills.run(request.route.prefill, run, told)
+            except PenstockError as error:
+                self._fell(f"prefill: {error.message}")
+            finally:
+                keeping.cancel()
+                grants.close()
+        return report
+
+    async def _pull_granted(self, grants: Grants, slots: Sequence[int]) -> None:
+        if self._stored is None or not grants.blocks:
+            return
+
+        def landed(came: Sequence[int], failed: Sequence[int]) -> None:
+            self._came.update(came)
+            grants.landed(came, failed)
+
+        self._noted(
+            await self._in.reader.pull(
+                Pull(self._stored, slots, grants.following, grants.blocks, landed, self._moved, self._request.deadline_s)
+            )
         )
 
-    def _merge(self, report: Report, prefill: Report) -> None:
+    async def _pull_missing(self, filled: set[int], slots: Sequence[int]) -> set[int]:
+        """After prefill's failure: what of the stored prefix is not there is pulled here."""
+        missing = [block for block in range(self._stored.blocks if self._stored else 0) if block not in filled]
+        if self._stored is not None and missing:
+            self._noted(await self._pull(self._stored, slots, missing, Form.RAW))
+        return filled | self._came
+
+    def _merge(self, prefill: Report) -> None:
         """Takes over what the prefill worker measured."""
+        report = self._report
         for field in (
             "cached_tokens",
             "computed_tokens",
             "prefill",
-            "carrier",
             "storage_to_prefill",
+            "decode_to_prefill",
             "prefill_to_decode",
+            "host_to_device",
             "queue_s",
             "prefill_s",
         ):
             setattr(report, field, getattr(prefill, field))
-        report.plan = Plan.STORAGE_TO_PREFILL if prefill.cached_tokens else Plan.RECOMPUTE
-        report.fallback = prefill.fallback
+        report.carrier = prefill.carrier or report.carrier
+        if prefill.fallback:
+            self._fell(prefill.fallback)
+        loaded = prefill.cached_tokens // self._in.block_tokens
+        here = [Source.STORAGE_TO_DECODE] if self._came else []
+        there = [Source.STORAGE_TO_PREFILL] if loaded > len(self._came) or prefill.storage_to_prefill.bytes else []
+        report.plan = plan_of([*here, *there], self._request.route.order, by_prefill=True)
 
     async def _keep(self, token: LeaseToken) -> None:
         """Heartbeats the lease for as long as prefill works on it, or until it has ended all the same."""
         with contextlib.suppress(LeaseRejected):
             while True:
-                await asyncio.sleep(self._lease_s / 3)
-                self._stage.renew(token, self._lease_s)
+                await asyncio.sleep(self._in.lease_s / 3)
+                self._in.stage.renew(token, self._in.lease_s)
 
-    def _views(self, slots: Sequence[int]) -> list[memoryview]:
-        return [self._stage.view(slot) for slot in slots]
+    # What comes of it
+
+    def _filled(self, slots: Sequence[int], tokens: int, stored_blocks: int, form: Form) -> Filled:
+        first = self._first
+        if not slots:
+            return Filled(None, (), 0, first.first, first.finish, first.stop_token)
+        size = self._in.reader.bytes_in_slot(form)
+        views = [self._in.stage.view(slot, 0, size) for slot in slots]
+        kv = LoadedKv(tokens, views, self._freer(slots))
+        return Filled(kv, slots, stored_blocks, first.first, first.finish, first.stop_token)
 
     def _freer(self, slots: Sequence[int]) -> Callable[[], None]:
         """Frees the slots, from whichever thread."""
         loop = asyncio.get_running_loop()
 
         def free() -> None:
-            loop.call_soon_threadsafe(self._stage.free, slots)
+            loop.call_soon_threadsafe(self._in.stage.free, slots)
 
         return free
 
 
-def _filled_prefix(lease: Lease) -> int:
-    """Leading items of a lease that are filled."""
-    return next((item for item in range(len(lease.slots)) if not lease.is_filled(item)), len(lease.slots))
+class _Shares:
+    """Calls `free` when the last of its holders has let go."""
+
+    def __init__(self, free: Callable[[], None], holders: int) -> None:
+        self._free = free
+        self._holders = holders
+
+    def let_go(self) -> None:
+        self._holders -= 1
+        assert self._holders >= 0
+        if not self._holders:
+            self._free()
+
+    def threadsafe(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+        """`let_go`, from whichever thread."""
+
+        def let_go() -> None:
+            loop.call_soon_threadsafe(self.let_go)
+
+        return let_go
+
+
+def _prefix(blocks: set[int], limit: int) -> int:
+    """How many of the blocks `[0, limit)` come before the first that is missing."""
+    return next((block for block in range(limit) if block not in blocks), limit)
+
+
+def _leading(legs: Sequence[Leg]) -> int:
+    """Blocks that the legs cover without a gap from the prompt's start."""
+    end = 0
+    for leg in legs:
+        if leg.first_block != end:
+            break
+        end = leg.last_block
+    return end

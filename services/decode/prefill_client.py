@@ -1,6 +1,7 @@
 """Decode's calls to prefill workers: one channel per worker, one streaming call per run."""
 
 import asyncio
+from collections.abc import Callable
 
 import grpc.aio
 
@@ -8,9 +9,10 @@ from common import rpc
 from common.errors import Internal, TransferFailed, Unavailable
 from common.pb import worker_pb2_grpc
 from services.worker.convert import progress_from_pb, run_request
-from services.worker.requests import PrefillProgress, PrefillRequest
+from services.worker.requests import PrefillProgress, PrefillRequest, Report
 
 CONNECT_DEADLINE_S = 2.0
+Tell = Callable[[PrefillProgress], None]
 
 
 class PrefillPeers:
@@ -20,32 +22,34 @@ class PrefillPeers:
         self._namespace = namespace
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def run(self, address: str, request: PrefillRequest) -> PrefillProgress:
-        """Runs prefill to its end; the last event, which carries the first token.
+    async def run(self, address: str, request: PrefillRequest, tell: Tell) -> Report:
+        """Runs prefill to its end; its report. `tell` takes the news on the way, the first token among them.
 
         Cancelling this call cancels the work over there.
 
         Raises:
-            PenstockError: refused, failed, or ended without a first token.
+            PenstockError: refused, failed, or ended without a first token and a report.
         """
         channel = self._channels.setdefault(address, rpc.channel(address))
         await self._connected(channel, address)
         stub = worker_pb2_grpc.PrefillStub(channel)
         call = stub.Run(run_request(request, self._namespace), timeout=request.deadline_s)
-        computed_blocks = 0
+        computed_blocks, has_first = 0, False
         try:
             async for event in call:
                 progress = progress_from_pb(event)
                 if progress.computed_blocks < computed_blocks:
                     raise Internal(f"prefill {address} counted back from {computed_blocks} to {progress.computed_blocks} blocks")
                 computed_blocks = progress.computed_blocks
-                if progress.first is not None:
-                    return progress
+                has_first = has_first or progress.first is not None
+                tell(progress)
+                if progress.report is not None and has_first:
+                    return progress.report
         except grpc.aio.AioRpcError as error:
             raise rpc.raised(error, address) from error
         finally:
             call.cancel()
-        raise TransferFailed(f"prefill {address} ended after {computed_blocks} blocks without a first token")
+        raise TransferFailed(f"prefill {address} ended after {computed_blocks} blocks, without a first token and a report")
 
     async def _connected(self, channel: grpc.aio.Channel, address: str) -> None:
         """Fails within the connect deadline when nobody listens, so that the request falls back early."""

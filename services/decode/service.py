@@ -23,7 +23,7 @@ OUTBOX_STEPS_MAX = 65_536  # a router this far behind is not reading
 class DecodeService(worker_pb2_grpc.DecodeServicer):
     """Serves any number of routers, each over one stream."""
 
-    def __init__(self, node: Node, decoder: Decoder) -> None:
+    def __init__(self, node: Node[Any], decoder: Decoder) -> None:
         self._node = node
         self._decoder = decoder
 

@@ -1,5 +1,8 @@
 """The decode role: its parts, wired to a node."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import grpc.aio
 
 from common.pb import worker_pb2_grpc
@@ -7,18 +10,47 @@ from services.decode.decoder import Decoder
 from services.decode.filling import Filler
 from services.decode.prefill_client import PrefillPeers
 from services.decode.service import DecodeService
+from services.worker.engine.engine import Engine
+from services.worker.engine.pool import pool_blocks
 from services.worker.engine.types import StepResult
+from services.worker.links import Link
+from services.worker.model import LoadedModel
 from services.worker.node import Node
+from services.worker.settings import WorkerSettings
+from services.worker.stage import Stage
 from services.worker.writeback import Writer
 
 WRITE_PENDING_SHARE = 2  # at most this fraction of the pool may wait to be written back
 WRITE_DRAIN_S = 5.0
 
 
+class DecodeKind:
+    """A decode worker's KV is copied from its stage into its pool."""
+
+    send_slots = 16  # for write-back
+
+    def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
+        """The model's, or what the pool holds if that is less."""
+        blocks = pool_blocks(model.layout, settings.pool_bytes, model.context_tokens, settings.sequences_max, model.device)
+        return min(model.context_tokens, blocks * model.layout.block_tokens)
+
+    def engine(self, settings: WorkerSettings, model: LoadedModel, stage: Stage, context_tokens: int) -> Engine:
+        return Engine(
+            model,
+            pool_bytes=settings.pool_bytes,
+            sequences_max=settings.sequences_max,
+            waiting_max=settings.waiting_max,
+            step_tokens_max=settings.step_tokens_max,
+        )
+
+    def role(self, node: Node[Any]) -> "DecodeWorker":
+        return DecodeWorker(node)
+
+
 class DecodeWorker:
     """Life: runs, drains (`drain`), is done."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node[Engine]) -> None:
         layout = node.model.layout
         self._node = node
         self._prefills = PrefillPeers(node.model.namespace)
@@ -28,7 +60,13 @@ class DecodeWorker:
             pending_max,
         )  # fmt: skip
         filler = Filler(
-            node.stage, lambda: node.endpoint, node.reader, self._prefills, layout.block_tokens, node.settings.lease_s
+            node.stage,
+            lambda: node.endpoint,
+            node.reader,
+            self._prefills,
+            layout.block_tokens,
+            node.settings.lease_s,
+            node.engine.wake,
         )
         self.decoder = Decoder(node.engine, filler, self._writer, node.requests_max)
 
@@ -41,6 +79,9 @@ class DecodeWorker:
     @property
     def in_flight(self) -> int:
         return self.decoder.in_flight
+
+    def links(self) -> Mapping[str, Link]:
+        return {}
 
     async def drain(self, deadline_s: float) -> None:
         await self.decoder.drain(deadline_s)

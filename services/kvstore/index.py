@@ -91,6 +91,8 @@ class Index:
             stop = start + _STRIDES[min(len(found), len(_STRIDES) - 1)]
             slots = self._table.find_all(words(b"".join(keys[start:stop])))
             good = slots != NONE
+            if not good[0]:
+                break
             good[1:] &= self._forest.parents(slots[1:]) == slots[:-1]
             good[0] &= start == 0 or (slots[0] != NONE and self._forest.parent(int(slots[0])) == before)
             length = len(slots) if good.all() else int(good.argmin())

@@ -8,10 +8,10 @@ from services.prefill.settings import PrefillSettings
 
 
 async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
-    from services.prefill.worker import PrefillWorker  # brings torch, which --help and a wrong flag do without
+    from services.prefill.worker import PrefillKind  # brings torch, which --help and a wrong flag do without
     from services.worker.node import serve_worker
 
-    await serve_worker("prefill", settings, stop, PrefillWorker)
+    await serve_worker("prefill", settings, stop, PrefillKind())
 
 
 if __name__ == "__main__":

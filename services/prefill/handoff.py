@@ -1,126 +1,127 @@
-"""Sends a run's KV blocks into a decode worker's stage, while the engine still computes others.
+"""Sends what a run loaded or computed into decode's stage, layer by layer, while other layers are computed.
 
-Blocks go in order. Stored blocks are forwarded from the stage slots they were loaded into; computed
-ones are exported from the pool through a few slots set aside for sending. A block counts as sent
-when decode has verified it. Any failure ends the hand-off, and with it the run.
+Slices gather while a request is under way, and leave together in the next one: many slices in a message, the layers of one
+block that follow each other as one part, lowest layers first. A slice counts as sent when decode has verified it. A slice
+is sent once, also when its block had to be computed again: decode keeps what it has.
 """
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from common.errors import LeaseRejected, TransferFailed
-from common.transport.interface import Part, PartStatus, Span
+from common.kv_layout import KvLayout
+from common.transport.counters import Flow as Moved
+from common.transport.interface import Part, PartStatus
 from common.transport.pool import TransportPool
-from services.worker.engine.loop import EngineLoop
-from services.worker.requests import PrefillRequest
-from services.worker.slots import SlotPool
+from services.worker.links import Link
+from services.worker.requests import StageLease
 from services.worker.stage import Stage
 
 SEND_DEADLINE_S = 30.0
+REQUEST_BYTES = 4 << 20
+PARTS_MAX = 1024
+SENDS_IN_FLIGHT = 2
+ATTEMPTS_MAX = 3  # of a part that arrived corrupt: its block may have been computed again meanwhile
 
 
-class HandoffFactory:
+class Handoffs:
     """What every hand-off of this worker shares."""
 
-    def __init__(self, engine: EngineLoop, stage: Stage, slots: SlotPool, transports: TransportPool, block_tokens: int) -> None:
-        self.engine = engine
+    def __init__(self, stage: Stage, transports: TransportPool, layout: KvLayout) -> None:
         self.stage = stage
-        self.slots = slots
         self.transports = transports
-        self.block_tokens = block_tokens
-
-    def open(self, sequence_id: str, request: PrefillRequest) -> "Handoff":
-        return Handoff(self, sequence_id, request)
+        self.layout = layout
+        self.link = Link()
 
 
 class Handoff:
-    """One run's blocks on their way. Invariant: `sent_blocks <= ready blocks <= blocks`."""
+    """One run's slices on their way.
 
-    def __init__(self, parts: HandoffFactory, sequence_id: str, request: PrefillRequest) -> None:
-        self._in = parts
-        self._sequence_id = sequence_id
-        self._stage_lease = request.stage
-        self._tokens = len(request.prompt)
-        self.blocks = -(-self._tokens // parts.block_tokens)
-        self.sent_blocks = 0
-        self.sent_bytes = 0
-        self.sending_s = 0.0  # of the byte plane, overlapped with compute
-        self.carrier = ""
-        self._staged: Sequence[int] = ()
-        self._staged_sent: Callable[[], None] | None = None
-        self._ready = 0
+    Invariant, per block: `sent <= ready <= layers`, where sent counts what has been put into a request.
+    """
+
+    def __init__(self, shared: Handoffs, lease: StageLease, slots: Sequence[int]) -> None:
+        self._in = shared
+        self._lease = lease
+        self._slots = slots
+        self._ready = [0] * len(slots)  # leading layers that can be sent
+        self._sent = [0] * len(slots)
+        self._pending: set[int] = set()  # blocks with sent < ready
         self._news = asyncio.Event()
-        self._task = asyncio.create_task(self._send_all(), name=f"handoff {sequence_id}")
+        self._complete = False
+        self.moved = Moved()
+        self.carrier = ""
 
-    def staged(self, slots: Sequence[int], sent: Callable[[], None]) -> None:
-        """The leading blocks are in these slots; `sent` is called once, when they are no longer needed."""
-        self._staged, self._staged_sent = slots, sent
-        self._advance(len(slots))
-
-    def computed(self, tokens: int) -> None:
-        """So many leading tokens are in the pool; a partial block is ready when it is the prompt's last.
-
-        Raises what has stopped the sending, if something has, so that the run stops computing too.
-        """
-        if self._task.done():
-            self._task.result()
-        self._advance(self.blocks if tokens == self._tokens else tokens // self._in.block_tokens)
-
-    async def finish(self) -> None:
-        """Waits until every block is sent. Raises what stopped it."""
-        assert self._ready == self.blocks, (self._ready, self.blocks)
-        await self._task
-
-    async def close(self) -> None:
-        """Stops sending; nothing is left of it afterwards."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._let_staged_go()
-
-    def _advance(self, ready: int) -> None:
-        self._ready = max(self._ready, ready)
+    def ready(self, blocks: Sequence[int], layers: int) -> None:
+        """The leading `layers` layers of these blocks can be sent."""
+        for block in blocks:
+            if layers > self._ready[block]:
+                self._ready[block] = layers
+                self._pending.add(block)
         self._news.set()
 
+    def complete(self) -> None:
+        """Nothing more becomes ready: `run` ends when everything is sent."""
+        self._complete = True
+        self._news.set()
+
+    async def run(self) -> None:
+        """Sends until everything is sent. Raises what stopped it, and with it the run."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(SENDS_IN_FLIGHT):
+                group.create_task(self._send_all())
+
     async def _send_all(self) -> None:
-        while self.sent_blocks < self.blocks:
-            while self.sent_blocks >= self._ready:
+        while True:
+            if self._pending:
+                await self._send(self._take())
+            elif self._complete:
+                return
+            else:
                 self._news.clear()
                 await self._news.wait()
-            await self._send(self.sent_blocks)
 
-    async def _send(self, first: int) -> None:
-        """Sends the next batch, which starts at block `first`."""
-        staged = self._staged[first : first + self._in.slots.size]
-        if staged:
-            await self._write(range(first, first + len(staged)), [self._in.stage.span(slot) for slot in staged])
-            if self.sent_blocks >= len(self._staged):
-                self._let_staged_go()
-            return
-        blocks = range(first, min(self._ready, first + self._in.slots.size // 2))
-        async with self._in.slots.lend(len(blocks)) as slots:
-            views = [self._in.stage.view(slot) for slot in slots]
-            await self._in.engine.call(lambda engine: engine.export(self._sequence_id, blocks.start, blocks.stop, views))
-            await self._write(blocks, [self._in.stage.span(slot) for slot in slots])
+    def _take(self) -> list[Part]:
+        """The next request's parts: of the blocks with the lowest layers to send, as far as they fit."""
+        size = self._in.layout.bytes_per_layer_slice
+        parts: list[Part] = []
+        total = 0
+        for block in sorted(self._pending, key=lambda block: (self._sent[block], block)):
+            length = (self._ready[block] - self._sent[block]) * size
+            if parts and (total + length > REQUEST_BYTES or len(parts) == PARTS_MAX):
+                break
+            parts.append(Part(block, self._sent[block] * size, length))
+            self._sent[block] = self._ready[block]
+            self._pending.discard(block)
+            total += length
+        return parts
 
-    async def _write(self, blocks: range, spans: Sequence[Span]) -> None:
-        size = self._in.stage.bytes_per_slot
-        began = time.perf_counter()
-        transport = self._in.transports.transport(self._stage_lease.endpoint)
-        statuses = await transport.write(
-            self._stage_lease.token, [Part(block, 0, size) for block in blocks], spans, deadline_s=SEND_DEADLINE_S
-        )
-        for block, status in zip(blocks, statuses, strict=True):
-            if status is PartStatus.REJECTED:
-                raise LeaseRejected(f"decode refused block {block}: the stage lease is gone")
-            if status is not PartStatus.OK:
-                raise TransferFailed(f"block {block} did not reach decode: {status.name.lower()}")
-        self.sending_s += time.perf_counter() - began
+    async def _send(self, parts: list[Part]) -> None:
+        link = self._in.link
+        with link.queued(sum(part.length for part in parts)) as less:
+            for _ in range(ATTEMPTS_MAX):
+                with link.moving() as came, self.moved.transfer():
+                    statuses = await self._write(parts)
+                    arrived = sum(part.length for part, status in zip(parts, statuses, strict=True) if status is PartStatus.OK)
+                    came(arrived)
+                less(arrived)
+                self.moved.count(statuses, [part.length for part in parts])
+                parts = [part for part, status in zip(parts, statuses, strict=True) if self._again(part, status)]
+                if not parts:
+                    return
+        raise TransferFailed(f"block {parts[0].item} reached decode corrupt {ATTEMPTS_MAX} times")
+
+    async def _write(self, parts: Sequence[Part]) -> list[PartStatus]:
+        transport = self._in.transports.transport(self._lease.endpoint)
+        spans = [self._in.stage.span(self._slots[part.item], part.offset, part.length) for part in parts]
+        statuses = await transport.write(self._lease.token, parts, spans, deadline_s=SEND_DEADLINE_S)
         self.carrier = transport.carrier
-        self.sent_blocks = blocks.stop
-        self.sent_bytes += len(blocks) * size
+        return statuses
 
-    def _let_staged_go(self) -> None:
-        if self._staged_sent is not None:
-            self._staged_sent()
-            self._staged_sent = None
+    def _again(self, part: Part, status: PartStatus) -> bool:
+        """Whether a part is to be sent again. Raises when that would be in vain."""
+        if status is PartStatus.REJECTED:
+            raise LeaseRejected(f"decode refused block {part.item}: the stage lease is gone")
+        if status not in (PartStatus.OK, PartStatus.CORRUPT):
+            raise TransferFailed(f"block {part.item} did not reach decode: {status.name.lower()}")
+        return status is PartStatus.CORRUPT

@@ -1,28 +1,62 @@
 """The prefill role: its parts, wired to a node."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 import grpc.aio
 
 from common.logs import Log
 from common.pb import worker_pb2_grpc
-from services.prefill.handoff import HandoffFactory
+from services.prefill.engine import PrefillEngine
+from services.prefill.handoff import Handoffs
+from services.prefill.layerwise import InPlace
+from services.prefill.pulling import PeerReader
+from services.prefill.ring import Ring
 from services.prefill.runner import Runner
 from services.prefill.service import PrefillService
 from services.worker.engine.types import StepResult
+from services.worker.links import Link
+from services.worker.model import LoadedModel
 from services.worker.node import Node
+from services.worker.settings import WorkerSettings
+from services.worker.stage import Stage
 
 log = Log("prefill")
+
+
+class PrefillKind:
+    """A prefill worker's KV lies in its stage: it has no pool, and nothing leaves by other slots than it is in."""
+
+    send_slots = 0
+
+    def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
+        return model.context_tokens
+
+    def engine(self, settings: WorkerSettings, model: LoadedModel, stage: Stage, context_tokens: int) -> PrefillEngine:
+        return PrefillEngine(
+            model,
+            InPlace(stage, model) if model.device.type == "cpu" else Ring(stage, model),
+            context_tokens=context_tokens,
+            sequences_max=settings.sequences_max,
+            waiting_max=settings.waiting_max,
+            step_tokens_max=settings.step_tokens_max,
+        )
+
+    def role(self, node: Node[Any]) -> "PrefillWorker":
+        return PrefillWorker(node)
 
 
 class PrefillWorker:
     """Life: runs, drains (`drain`), is done."""
 
-    def __init__(self, node: Node) -> None:
-        block_tokens = node.model.layout.block_tokens
-        handoffs = HandoffFactory(node.engine, node.stage, node.send_slots, node.transports, block_tokens)
+    def __init__(self, node: Node[PrefillEngine]) -> None:
         self._node = node
-        self.runner = Runner(node.id, node.engine, node.stage, node.reader, handoffs, block_tokens, node.requests_max)
+        layout, free = node.model.layout, node.settings.simulate_free_loads
+        self._peers = PeerReader(node.stage, node.transports, layout, simulate_free_loads=free)
+        self._handoffs = Handoffs(node.stage, node.transports, layout)
+        self.runner = Runner(node.id, node.engine, node.stage, node.reader, self._peers, self._handoffs, node.requests_max)
+        node.engine.engine.announce = node.engine.posting(self.runner.on_layer)
 
     def on_step(self, result: StepResult) -> None:
         self.runner.on_step(result)
@@ -34,6 +68,9 @@ class PrefillWorker:
     def in_flight(self) -> int:
         return self.runner.in_flight
 
+    def links(self) -> Mapping[str, Link]:
+        return {"peer_read": self._peers.link, "peer_write": self._handoffs.link}
+
     async def drain(self, deadline_s: float) -> None:
         self.runner.draining = True
         try:
@@ -41,3 +78,5 @@ class PrefillWorker:
                 await self.runner.idle.wait()
         except TimeoutError:
             log.warning("runs_abandoned", runs=self.runner.in_flight)
+        else:
+            self.runner.check_integrity()

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from common.blocks import KEY_BYTES, ChainRoot
+from common.blocks import KEY_BYTES, ChainRoot, reusable_blocks
 from common.errors import Internal, InvalidRequest, PenstockError, from_code, meaning
 from common.generation import FinishReason
 from common.pb import worker_pb2 as pb
@@ -88,17 +88,21 @@ def run_request(request: PrefillRequest, namespace: str) -> pb.RunRequest:
     )
 
 
-def prefill_request(message: pb.RunRequest) -> PrefillRequest:
+def prefill_request(message: pb.RunRequest, block_tokens: int) -> PrefillRequest:
     """Raises InvalidRequest for what can't be a run."""
     if not message.token_ids:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+    legs = legs_from_pb(message.legs, reusable_blocks(len(message.token_ids), block_tokens))
+    wanted = max((leg.last_block for leg in legs if leg.source is Source.STORAGE_TO_PREFILL), default=0)
+    if wanted > message.stored.blocks:
+        raise InvalidRequest(f"a leg up to block {wanted} of a stored prefix of {message.stored.blocks} blocks")
     stage = StageLease(lease_token(message.stage.token), endpoint_from_pb(message.stage.endpoint), message.stage.ttl_ms / 1e3)
     return PrefillRequest(
         id=message.request_id,
         prompt=tuple(message.token_ids),
         sampling=sampling_from_pb(message.sampling),
         stage=stage,
-        legs=legs_from_pb(message.legs, len(message.token_ids)),
+        legs=legs,
         order=order_from_pb(message.order),
         stored=stored_from_pb(message.stored) if message.stored.blocks else None,
         deadline_s=message.deadline_ms / 1e3,

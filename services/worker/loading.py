@@ -3,13 +3,13 @@
 A block comes as it is stored. Slots that others read are to hold raw records (`Form.RAW`): it is decoded in place. Slots
 that only this worker's engine reads may keep it (`Form.STORED`): the pool decodes while it copies.
 
-Every block that comes is verified by the transport; what is usable is the prefix before the first
-block that failed, and the caller recomputes or fetches the rest.
+Every block that comes was verified by the transport. One that fails is told of as failed, and the caller computes it or
+fetches it elsewhere; the others are not held up by it.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -17,14 +17,19 @@ import msgspec
 from common.clients.kvstore import KvStoreClient
 from common.errors import PenstockError
 from common.logs import Log
+from common.routes import Leg
+from common.transport.counters import Flow as Moved
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus
 from common.transport.pool import TransportPool
 from services.worker.codec import Codec
+from services.worker.ledger import Ledger
+from services.worker.links import Link
 from services.worker.stage import Stage
 
 log = Log("loading")
 BLOCKS_PER_READ = 16  # one request's worth: deep enough to keep the disk busy, small enough to fail early
 READS_IN_FLIGHT = 2
+MEET_BATCHES = 8  # a leg that meets compute is claimed in at least so many batches, so that the ends meet closely
 
 
 class Form(StrEnum):
@@ -45,15 +50,59 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """What a read brought: `blocks` leading blocks are in the stage, verified. `bytes` were read, and each block takes
-    `bytes_per_block` of its slot."""
+    """What a read brought. `failure` names the first block that did not come; empty: everything came."""
 
-    blocks: int
-    bytes: int
-    bytes_per_block: int
-    seconds: float
     carrier: str
-    failure: str  # empty: everything came
+    failure: str
+
+
+# The next blocks to pull, as often as it is asked; empty when there are no more.
+Batches = Callable[[], Awaitable[Sequence[int]]]
+
+
+class Pull(msgspec.Struct, frozen=True):
+    """An order to a `Reader`.
+
+    Attributes:
+        slots: by block, the stage slot it is to come to.
+        batches: see `Batches`.
+        blocks: how many will be asked for, as far as is known; for what is reported as queued.
+        landed: called with blocks that came, and blocks that will not.
+        moved: counts bytes and busy seconds.
+    """
+
+    stored: Stored
+    slots: Sequence[int]
+    batches: Batches
+    blocks: int
+    landed: Callable[[Sequence[int], Sequence[int]], None]
+    moved: Moved
+    deadline_s: float
+    form: Form = Form.RAW
+
+
+def in_order(blocks: Sequence[int]) -> Batches:
+    """All of these blocks, from the first to the last."""
+    left = iter(range(0, len(blocks), BLOCKS_PER_READ))
+
+    async def following() -> Sequence[int]:
+        first = next(left, len(blocks))
+        return blocks[first : first + BLOCKS_PER_READ]
+
+    return following
+
+
+def from_back(ledger: Ledger, leg: Leg, claimed: Callable[[range], None] = lambda blocks: None) -> Batches:
+    """A leg's blocks from its end, a batch at a time, until what is computed from the front is met."""
+    count = max(1, min(BLOCKS_PER_READ, leg.blocks // MEET_BATCHES))
+
+    async def following() -> Sequence[int]:
+        blocks = ledger.claim_back(leg, count)
+        if blocks:
+            claimed(blocks)
+        return blocks
+
+    return following
 
 
 class KvStores:
@@ -75,61 +124,67 @@ class KvStores:
 class Reader:
     """Pulls leased blocks from a kvstore into stage slots."""
 
-    def __init__(self, stage: Stage, transports: TransportPool, stores: KvStores, codec: Codec) -> None:
+    def __init__(
+        self, stage: Stage, transports: TransportPool, stores: KvStores, codec: Codec, *, simulate_free_loads: bool = False
+    ) -> None:
         self._stage = stage
         self._codec = codec
         self._transports = transports
         self._stores = stores
-        self.queued_bytes = 0
-        self.bytes_per_s = 0.0
+        self.free = simulate_free_loads  # for experiments: everything counts as loaded at once, whatever the slots hold
+        self.link = Link()
 
-    async def load(self, stored: Stored, slots: Sequence[int], deadline_s: float, form: Form = Form.RAW) -> Loaded:
-        """Fills `slots[i]` with block i of the lease. Never raises for a failed read: it comes back shorter."""
-        began = time.perf_counter()
+    def bytes_in_slot(self, form: Form) -> int:
+        """How much of its slot a block takes in that form."""
+        return self._codec.bytes_per_block if form is Form.STORED else self._stage.bytes_per_slot
+
+    async def pull(self, pull: Pull) -> Loaded:
+        """Carries out an order. Never raises for a failed read."""
+        failed: dict[int, PartStatus] = {}
+        carrier = ""
+        until = time.monotonic() + pull.deadline_s
+        renewing = asyncio.create_task(self._renew(pull.stored))
+        with self.link.queued(pull.blocks * self._codec.bytes_per_block) as less:
+
+            async def work() -> None:
+                nonlocal carrier
+                while blocks := await pull.batches():
+                    lost = PartStatus.FAILED in failed.values() and not carrier  # the kvstore can't be reached: don't try again
+                    statuses = [PartStatus.FAILED] * len(blocks) if lost else await self._read(pull, blocks, until)
+                    if PartStatus.OK in statuses:
+                        carrier = self._carrier(pull)
+                    bad = {block: status for block, status in zip(blocks, statuses, strict=True) if status is not PartStatus.OK}
+                    failed.update(bad)
+                    less(len(blocks) * self._codec.bytes_per_block)
+                    pull.landed([block for block in blocks if block not in bad], list(bad))
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(READS_IN_FLIGHT):
+                        group.create_task(work())
+            finally:
+                renewing.cancel()
+        first = min(failed, default=0)
+        return Loaded(carrier, f"block {first} of {pull.stored.blocks}: {failed[first].name.lower()}" if failed else "")
+
+    async def _read(self, pull: Pull, blocks: Sequence[int], until: float) -> Sequence[PartStatus]:
+        if self.free:
+            return [PartStatus.OK] * len(blocks)
+        transport = self._transports.transport(pull.stored.endpoint)
         size = self._codec.bytes_per_block
-        self.queued_bytes += len(slots) * size
-        try:
-            statuses, carrier = await self._read(stored, slots, deadline_s, form)
-        except PenstockError as error:
-            statuses, carrier = [], ""
-            failure = error.message
-        else:
-            failure = ""
-        finally:
-            self.queued_bytes -= len(slots) * size
-        good = next((i for i, status in enumerate(statuses) if status is not PartStatus.OK), len(statuses))
-        if good < len(slots) and not failure:
-            failure = f"block {good} of {len(slots)}: {statuses[good].name.lower() if good < len(statuses) else 'not read'}"
-        seconds = time.perf_counter() - began
-        if good:
-            rate = good * size / max(seconds, 1e-6)
-            self.bytes_per_s = rate if not self.bytes_per_s else 0.8 * self.bytes_per_s + 0.2 * rate
-        in_slot = size if form is Form.STORED else self._stage.bytes_per_slot
-        return Loaded(good, good * size, in_slot, seconds, carrier, failure)
+        parts = [Part(block, 0, size) for block in blocks]
+        spans = [self._stage.span(pull.slots[block], 0, size) for block in blocks]
+        with self.link.moving() as came, pull.moved.transfer():
+            statuses = await transport.read(pull.stored.token, parts, spans, deadline_s=max(0.0, until - time.monotonic()))
+            came(size * statuses.count(PartStatus.OK))
+        pull.moved.count(statuses, [size] * len(blocks))
+        if pull.form is Form.RAW:
+            good = (block for block, status in zip(blocks, statuses, strict=True) if status is PartStatus.OK)
+            await self._decode(pull.slots[block] for block in good)
+        return statuses
 
-    async def _read(self, stored: Stored, slots: Sequence[int], deadline_s: float, form: Form) -> tuple[list[PartStatus], str]:
-        transport = self._transports.transport(stored.endpoint)
-        size = self._codec.bytes_per_block
-        until = time.monotonic() + deadline_s
-        gate = asyncio.Semaphore(READS_IN_FLIGHT)
-
-        async def one(first: int) -> list[PartStatus]:
-            async with gate:
-                part_slots = slots[first : first + BLOCKS_PER_READ]
-                parts = [Part(first + i, 0, size) for i in range(len(part_slots))]
-                spans = [self._stage.span(slot, 0, size) for slot in part_slots]
-                statuses = await transport.read(stored.token, parts, spans, deadline_s=max(0.0, until - time.monotonic()))
-            if form is Form.RAW:
-                await self._decode(slot for slot, status in zip(part_slots, statuses, strict=True) if status is PartStatus.OK)
-            return statuses
-
-        renewing = asyncio.create_task(self._renew(stored))
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(first)) for first in range(0, len(slots), BLOCKS_PER_READ)]
-        finally:
-            renewing.cancel()
-        return [status for task in tasks for status in task.result()], transport.carrier
+    def _carrier(self, pull: Pull) -> str:
+        return "none" if self.free else self._transports.transport(pull.stored.endpoint).carrier
 
     async def _decode(self, slots: Iterable[int]) -> None:
         """In place, on the event loop: no thread may still write to a slot when its request is cancelled and gives it back."""

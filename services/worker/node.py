@@ -10,10 +10,10 @@ Life of a node (`serve_worker`):
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grpc.aio
 import msgspec
@@ -33,9 +33,9 @@ from common.transport.reception import Reception
 from common.transport.server import serve_bytes
 from common.wire import endpoint_to_pb
 from services.worker.codec import Codec
-from services.worker.engine.engine import Engine
-from services.worker.engine.loop import EngineLoop
+from services.worker.engine.loop import EngineLoop, Steppable
 from services.worker.engine.types import StepResult
+from services.worker.links import Link
 from services.worker.loading import KvStores, Reader
 from services.worker.memory import stage_slots
 from services.worker.model import LoadedModel, load_model
@@ -44,8 +44,25 @@ from services.worker.slots import SlotPool
 from services.worker.stage import Stage
 
 log = Log("node")
-SEND_SLOTS = 16  # stage slots set aside for what leaves: write-back on decode, hand-off on prefill
+E = TypeVar("E", bound=Steppable)
 STALLED_S = 60.0  # a step longer than this is a stuck engine: health says so
+
+
+class Kind(Protocol):
+    """What makes the two kinds of worker differ before there is one.
+
+    `send_slots`: stage slots set aside for what leaves.
+    """
+
+    send_slots: int
+
+    def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
+        """Longest prompt plus output that it is made for."""
+        ...
+
+    def engine(self, settings: WorkerSettings, model: LoadedModel, stage: Stage, context_tokens: int) -> Steppable: ...
+
+    def role(self, node: "Node[Any]") -> "Role": ...
 
 
 class Role(Protocol):
@@ -58,15 +75,19 @@ class Role(Protocol):
     @property
     def in_flight(self) -> int: ...
 
+    def links(self) -> Mapping[str, Link]:
+        """Its links to peers, by the name they have in the load: "peer_read", "peer_write"."""
+        ...
+
     async def drain(self, deadline_s: float) -> None:
         """Refuses new work and waits for what runs, at most so long; then ends it."""
         ...
 
 
-class Node:
+class Node(Generic[E]):
     """What both roles are made of. Belongs to the event loop's thread."""
 
-    def __init__(self, role: str, settings: WorkerSettings, model: LoadedModel) -> None:
+    def __init__(self, role: str, settings: WorkerSettings, model: LoadedModel, kind: Kind) -> None:
         self.role = role
         self.settings = settings
         self.model = model
@@ -75,27 +96,24 @@ class Node:
         self.endpoint = Endpoint()
         self.address = ""  # host:port of gRPC, as peers reach it
         self.draining = False
-        self.listener: Callable[[StepResult], None] | None = None
-        engine = Engine(
-            model,
-            pool_bytes=settings.pool_bytes,
-            sequences_max=settings.sequences_max,
-            waiting_max=settings.waiting_max,
-            step_tokens_max=settings.step_tokens_max,
-        )
-        self.context_tokens = engine.context_tokens
-        self.engine = EngineLoop(engine, self._on_step, name=f"{role}-engine")
-        slots = stage_slots(model.layout, self.context_tokens, memory_bytes(), settings.stage_bytes, SEND_SLOTS)
+        self.context_tokens = kind.context_tokens(settings, model)
+        slots = stage_slots(model.layout, self.context_tokens, memory_bytes(), settings.stage_bytes, kind.send_slots)
         self.stage = Stage(slots, model.layout.bytes_per_block)
-        self.send_slots = SlotPool(self.stage.reserve(SEND_SLOTS))
+        self.send_slots = SlotPool(self.stage.reserve(kind.send_slots))
+        self.engine: EngineLoop[E] = EngineLoop(
+            cast(E, kind.engine(settings, model, self.stage, self.context_tokens)), self._on_step, name=f"{role}-engine"
+        )
         self.transports = TransportPool(self.stage.region, prefer=settings.transport)
         self.stores = KvStores()
         self.codec = Codec(model.stored)
-        self.reader = Reader(self.stage, self.transports, self.stores, self.codec)
+        self.reader = Reader(
+            self.stage, self.transports, self.stores, self.codec, simulate_free_loads=settings.simulate_free_loads
+        )
+        self.worker: Role | None = None
 
     def _on_step(self, result: StepResult) -> None:
-        if self.listener is not None:
-            self.listener(result)
+        if self.worker is not None:
+            self.worker.on_step(result)
 
     @property
     def requests_max(self) -> int:
@@ -107,6 +125,9 @@ class Node:
 
     def load(self) -> MemberLoad:
         load = self.engine.load
+        links = self.worker.links() if self.worker is not None else {}
+        rates: dict[str, Any] = {f"{name}_bytes_per_s": link.bytes_per_s for name, link in links.items()}
+        rates |= {f"{name}_queue_bytes": link.queued_bytes for name, link in links.items()}
         return MemberLoad(
             running=load.running,
             waiting=load.waiting,
@@ -117,8 +138,10 @@ class Node:
             stage_slots_total=self.stage.slots_total,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             prefill_step_s=load.prefill_step_s,
-            read_bytes_per_s=self.reader.bytes_per_s,
-            read_queue_bytes=self.reader.queued_bytes,
+            read_bytes_per_s=self.reader.link.bytes_per_s,
+            read_queue_bytes=self.reader.link.queued_bytes,
+            queued_tokens=load.queued_tokens,
+            **rates,
         )
 
     def record(self) -> MemberRecord:
@@ -156,13 +179,13 @@ class Node:
         )
 
 
-async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event, make: Callable[[Node], Role]) -> None:
+async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event, kind: Kind) -> None:
     """Runs a worker until `stop` is set and everything is drained."""
     log.event("starting", role=role, settings=shown(settings))
     loading = asyncio.to_thread(_load, settings)
     model = await loading
     async with AsyncExitStack() as stack:
-        node = Node(role, settings, model)
+        node: Node[Any] = Node(role, settings, model, kind)
         log.event("model_loaded", namespace=model.namespace, layout=msgspec.to_builtins(model.layout), codec=model.stored.codec, context_tokens=node.context_tokens,
                   dtype=str(model.dtype), device=str(model.device), kernels=model.kernels)  # fmt: skip
         tracing.setup(role, node.id, settings.otlp_endpoint)
@@ -172,8 +195,7 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
         stack.push_async_callback(node.transports.close)
         node.engine.start()
         stack.push_async_callback(node.engine.stop)
-        worker = make(node)
-        node.listener = worker.on_step
+        node.worker = worker = kind.role(node)
         server = await _listen(node, worker, stack)
         if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.host)
@@ -215,7 +237,7 @@ def _load(settings: WorkerSettings) -> LoadedModel:
     )
 
 
-async def _listen(node: Node, worker: Role, stack: AsyncExitStack) -> rpc.Server:
+async def _listen(node: Node[Any], worker: Role, stack: AsyncExitStack) -> rpc.Server:
     settings = node.settings
     shm_path = Path(settings.run_dir) / f"{node.id}.sock" if settings.run_dir else None
     reception = Reception(node.stage, None)
@@ -247,7 +269,7 @@ def _address(settings: WorkerSettings, bound: str) -> str:
     return f"{settings.advertise_host or host}:{port}"
 
 
-async def _until(stop: asyncio.Event, node: Node) -> None:
+async def _until(stop: asyncio.Event, node: Node[Any]) -> None:
     """Waits for `stop`; meanwhile sweeps expired leases and fails when the engine's thread has died."""
     while not stop.is_set():
         try:

@@ -55,6 +55,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     waiting_max: Annotated[int, Meta(ge=0, description="requests that may queue; more are refused at once")] = 256
     step_tokens_max: Annotated[int, Meta(ge=16, description="token budget of one engine step (chunked prefill)")] = 1024
     lease_s: Annotated[float, Meta(gt=0, le=3600, description="life of a transfer lease between heartbeats")] = 30.0
+    simulate_free_loads: Annotated[
+        bool, Meta(description="for experiments: blocks count as loaded and nothing is read, so that answers are wrong")
+    ] = False
     drain_s: Annotated[float, Meta(ge=0, description="how long a drain waits for running requests")] = 20.0
     otlp_endpoint: Annotated[str, Meta(description="OpenTelemetry collector (http://host:port); empty: no traces")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log level")] = "info"

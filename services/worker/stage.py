@@ -10,12 +10,23 @@ Invariants:
   waited for: by `revoke`, or by its slot in limbo.
 - An item is filled when every byte of its announced length was committed, each verified against its
   CRC-32C. What is committed is never overwritten: a repeated write is OK and dropped.
+
+A SHARE lease is one whose items the owner and the holder fill between them, each reading what the other did:
+
+    item        a read           a write
+    open        waits            fills it
+    awaited     waits            OK, dropped: the owner fills it (`await_own`)
+    filled      OK               OK, dropped
+    given up    MISSING          fills it (`give_up`: the owner could not)
+
+A read that waits comes back EXPIRED after `PARK_S`, and may be asked again: so nothing that a peer asks for
+keeps its memory, or a place within the bounds, for longer.
 """
 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
@@ -26,11 +37,13 @@ from common.transport.region import PAGE_BYTES, Region
 from services.worker.coverage import Coverage
 
 LEASES_MAX = 8192
+PARK_S = 0.5  # less than a connection takes to think that its peer hangs (common/transport/connection.py SETTLE_S)
 
 
 class Right(Enum):
     READ = "read"
     WRITE = "write"
+    SHARE = "share"
 
 
 class Lease:
@@ -43,6 +56,8 @@ class Lease:
         self.slots, self.lengths = tuple(slots), tuple(lengths)
         self.live = True
         self.coverage = [Coverage() for _ in slots]
+        self.awaited: set[int] = set()
+        self.given_up: set[int] = set()
         self._changed = [asyncio.Event() for _ in slots]  # set once: filled, or the lease ended
 
     def is_filled(self, item: int) -> bool:
@@ -60,6 +75,23 @@ class Lease:
 
     def wake(self, item: int) -> None:
         self._changed[item].set()
+
+    async def readable(self, part: Part, until: float) -> PartStatus:
+        """OK when the part can be read; EXPIRED when it can't by `until` (of the event loop's clock)."""
+        if self.right is Right.READ or self.coverage[part.item].contains(part.offset, part.offset + part.length):
+            return PartStatus.OK
+        try:
+            async with asyncio.timeout_at(until):
+                await self._changed[part.item].wait()
+        except TimeoutError:
+            return PartStatus.EXPIRED
+        if not self.live:
+            return PartStatus.REJECTED
+        return PartStatus.OK if self.is_filled(part.item) else PartStatus.MISSING
+
+    def check_integrity(self) -> None:
+        assert not self.awaited & self.given_up, self
+        assert not any(self.is_filled(item) for item in self.awaited), self
 
     def __repr__(self) -> str:
         return f"Lease({self.right.value}, slots={self.slots}, filled={self.filled_count}, live={self.live})"
@@ -143,6 +175,14 @@ class Stage:
             )
         return Span(slot * self._stride + offset, length)
 
+    @property
+    def bytes_between_slots(self) -> int:
+        return self._stride
+
+    def memory(self) -> memoryview:
+        """All of it, for who computes in place: slot i begins at `i * bytes_between_slots`."""
+        return self.region.view(Span(0, self.region.size))
+
     def view(self, slot: int, offset: int = 0, length: int | None = None) -> memoryview:
         """The same bytes, writable."""
         return self.region.view(self.span(slot, offset, length))
@@ -193,6 +233,25 @@ class Stage:
         for write in writes:
             await write.over.wait()
 
+    # What the owner does with the items of a SHARE lease. After the lease's end nothing of this matters.
+
+    def await_own(self, lease: Lease, items: Iterable[int]) -> None:
+        """The owner is going to fill them."""
+        assert lease.right is Right.SHARE
+        lease.awaited.update(item for item in items if not lease.coverage[item].ranges())
+
+    def fill(self, lease: Lease, item: int) -> None:
+        """The owner has filled an item that it was awaited to fill."""
+        lease.awaited.remove(item)
+        lease.coverage[item].add(0, lease.lengths[item])
+        lease.wake(item)
+
+    def give_up(self, lease: Lease, item: int) -> None:
+        """The owner can't fill it: the holder may."""
+        lease.awaited.remove(item)
+        lease.given_up.add(item)
+        lease.wake(item)
+
     def sweep(self) -> None:
         """Ends leases whose time is over."""
         now = self._clock()
@@ -220,7 +279,7 @@ class Stage:
     def _locate(self, token: LeaseToken, part: Part, right: Right) -> Lease | None:
         """The lease, if it is live and gives this right to this range."""
         lease = self._live(token)
-        if lease is None or lease.right is not right or part.item >= len(lease.slots):
+        if lease is None or lease.right not in (right, Right.SHARE) or part.item >= len(lease.slots):
             return None
         return lease if part.offset + part.length <= lease.lengths[part.item] else None
 
@@ -228,11 +287,16 @@ class Stage:
         self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None
     ) -> list[tuple[PartStatus, memoryview | None, int]]:
         results: list[tuple[PartStatus, memoryview | None, int]] = []
+        until = asyncio.get_running_loop().time() + PARK_S
         with self.counters.read.transfer():
             for index, part in enumerate(parts):
                 lease = self._locate(token, part, Right.READ)
                 if lease is None:
                     results.append((PartStatus.REJECTED, None, 0))
+                    continue
+                status = await lease.readable(part, until)
+                if status is not PartStatus.OK:
+                    results.append((status, None, 0))
                     continue
                 view = self.view(lease.slots[part.item], part.offset, part.length)
                 if into is None:
@@ -254,7 +318,7 @@ class Stage:
         if lease is None:
             return PartStatus.REJECTED
         slot, start, end = lease.slots[part.item], part.offset, part.offset + part.length
-        if lease.coverage[part.item].contains(start, end):
+        if part.item in lease.awaited or lease.coverage[part.item].contains(start, end):
             return PartStatus.OK
         if lease.coverage[part.item].overlaps(start, end) or any(
             write.overlaps(start, end) for write in self._writing.get(slot, ())
@@ -304,6 +368,7 @@ class Stage:
         assert self.slots_total * self._stride == self.region.size
         for lease in self._leases.values():
             assert lease.live and self._owned.issuperset(lease.slots), lease
+            lease.check_integrity()
         assert sum(map(len, self._writing.values())) == len(self._writes)
         for write in self._writes.values():
             assert write.slot not in free, write.slot

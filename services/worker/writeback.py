@@ -84,7 +84,7 @@ class Writer:
     """
 
     def __init__(
-        self, engine: EngineLoop, stage: Stage, slots: SlotPool, transports: TransportPool, stores: KvStores,
+        self, engine: EngineLoop[Engine], stage: Stage, slots: SlotPool, transports: TransportPool, stores: KvStores,
         codec: Codec, namespace: Namespace, block_tokens: int, pending_max: int,
     ) -> None:  # fmt: skip
         self._engine = engine

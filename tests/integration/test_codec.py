@@ -67,7 +67,7 @@ def test_blocks_are_smaller_and_used_again_after_a_restart_by_decode_and_by_pref
             answer = ask(cluster, prompt, tokens=1)
             assert answer.cached_tokens == 96, route
             assert logprob_error(directory, prompt, 1, answer.logprobs) < 0.5  # a wrong block is off by far more
-        finished = [event for event in cluster.services["router"].events("request") if event["cached_tokens"]]
+        finished = [cluster.services["router"].wait_event("request", cached_tokens=96) for _ in range(2)]
         assert [event["route"] for event in finished] == ["direct", "storage_to_prefill"]
 
 

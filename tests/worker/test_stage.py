@@ -224,3 +224,64 @@ def test_coverage_is_the_set_of_bytes_added(added: list[tuple[int, int]], start:
     assert coverage.overlaps(start, start + length) == bool(asked & model)
     flat = [edge for pair in coverage.ranges() for edge in pair]
     assert flat == sorted(set(flat))
+
+
+# Sharing: the owner fills some items, the holder the others
+
+
+async def share(stage: Stage, count: int = 3) -> Lease:
+    return stage.grant(stage.reserve(count), Right.SHARE, 60)
+
+
+async def read_one(stage: Stage, lease: Lease, item: int, length: int = SLOT) -> PartStatus:
+    [(status, view, _)] = await stage.read(lease.token, [Part(item, 0, length)], None)
+    assert (view is not None) == (status is PartStatus.OK)
+    return status
+
+
+async def test_a_read_waits_until_the_owner_has_filled_the_item(stage: Stage) -> None:
+    lease = await share(stage)
+    stage.await_own(lease, [0, 1])
+    reading = asyncio.create_task(read_one(stage, lease, 0))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    stage.fill(lease, 0)
+    assert await reading is PartStatus.OK
+    stage.check_integrity()
+
+
+async def test_a_read_of_what_does_not_come_is_answered_in_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.stage.PARK_S", 0.0)
+    lease = await share(stage)
+    stage.await_own(lease, [0])
+    assert await read_one(stage, lease, 0) is PartStatus.EXPIRED
+    assert await read_one(stage, lease, 1) is PartStatus.EXPIRED  # not known yet to be the owner's
+
+
+async def test_what_the_owner_gives_up_is_missing_and_the_holders_to_fill(stage: Stage) -> None:
+    lease = await share(stage)
+    stage.await_own(lease, [0])
+    waiting = asyncio.create_task(read_one(stage, lease, 0))
+    await asyncio.sleep(0)
+    stage.give_up(lease, 0)
+    assert await waiting is PartStatus.MISSING
+    assert isinstance(stage.write_buffers(lease.token, [Part(0, 0, SLOT)])[0], memoryview)
+
+
+async def test_a_write_to_what_the_owner_fills_is_dropped(stage: Stage) -> None:
+    lease = await share(stage)
+    stage.await_own(lease, [0])
+    assert stage.write_buffers(lease.token, [Part(0, 0, 8)]) == [PartStatus.OK]
+    stage.fill(lease, 0)
+    assert stage.write_buffers(lease.token, [Part(0, 0, 8)]) == [PartStatus.OK]
+    assert isinstance(stage.write_buffers(lease.token, [Part(1, 0, 8)])[0], memoryview)
+
+
+async def test_reads_that_wait_end_with_their_lease(stage: Stage) -> None:
+    lease = await share(stage)
+    stage.await_own(lease, [0])
+    reading = asyncio.create_task(read_one(stage, lease, 0))
+    await asyncio.sleep(0)
+    stage.free(list(lease.slots))
+    assert await reading is PartStatus.REJECTED
+    stage.fill(lease, 0)  # the owner's own pull may end later: it matters to nobody

@@ -76,6 +76,11 @@ def layers_of(pool: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(pool.shape[1])]
 
 
+def attention_over(pool: Tensor, kernels: bool) -> PagedAttention:
+    """The way to attend over a pool `[block, layer, k|v, token, kv_head, head_dim]`, strided in block."""
+    return KernelAttention(pool) if kernels else TorchAttention(pool)
+
+
 class KernelAttention:
     """Writes a step's KV to the pool and attends with the compiled CPU kernels, which read the pages in place."""
 

@@ -49,6 +49,7 @@ class StepInput:
     positions: Tensor
     sample_rows: Tensor
     sampling: list[Sequence]
+    block_tokens: int
 
 
 class StepTables:
@@ -97,6 +98,7 @@ class StepTables:
             positions=self._tensor(positions[decodes:]),
             sample_rows=self._tensor(np.array([ends[i] - 1 for i, c in enumerate(chunks) if c.samples], dtype=np.int64)),
             sampling=[chunk.sequence for chunk in chunks if chunk.samples],
+            block_tokens=self._block_tokens,
         )
 
     def _row(self, sequence: Sequence) -> int:

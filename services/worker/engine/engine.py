@@ -23,6 +23,7 @@ from common.errors import Internal, InvalidRequest, NotFound, PenstockError
 from common.generation import FinishReason, Token
 from services.worker.engine import admission
 from services.worker.engine.allocator import blocks_for
+from services.worker.engine.attention import attention_over
 from services.worker.engine.forward import Forward
 from services.worker.engine.pool import BlockPool, pool_blocks
 from services.worker.engine.sampling import Sampled
@@ -73,7 +74,9 @@ class Engine:
             waiting_max=waiting_max,
             step_tokens_max=step_tokens_max,
         )
-        self._forward = Forward(model, self.pool, sequences_max, blocks_for(self.context_tokens, block_tokens))
+        self._forward = Forward(
+            model, attention_over(self.pool.tensor, model.kernels), sequences_max, blocks_for(self.context_tokens, block_tokens)
+        )
         self._live: dict[str, Sequence] = {}
         self._held: dict[str, Sequence] = {}
         self._claims: dict[int, Claim] = {}  # given out and not added yet, by id(); any thread
@@ -99,8 +102,7 @@ class Engine:
             self._scheduler.add(sequence)
         except BaseException:
             self.pool.allocator.release(new.claim.blocks)
-            if new.kv is not None:
-                new.kv.on_copied()
+            new.give_back()
             raise
         self._arrivals += 1
         self._live[new.id] = sequence
@@ -181,13 +183,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> StepResult:
+        self._meet()
         plan = self._scheduler.plan()
         for sequence in plan.preempted:
             self._forward.forget(sequence)
         self._load_kv(plan)
         steps = {sequence.id: SequenceStep(sequence.id, preempted=True) for sequence in plan.preempted}
         chunks = [chunk for chunk in plan.chunks if chunk.sequence.id in self._live]
-        self.blocked = not chunks and not plan.preempted
+        self.blocked = not chunks and not plan.preempted and not plan.admitted
         if chunks:
             started = time.perf_counter()
             for step in self._run(chunks):
@@ -202,9 +205,28 @@ class Engine:
                 sequence.admitted_at = time.perf_counter()
             if sequence.kv is None:
                 continue
+            began = time.perf_counter()
             try:
                 self._load_one(sequence, sequence.kv)
+                sequence.count_loaded(sequence.kv.buffers, time.perf_counter() - began)
                 sequence.drop_kv()
+                self._name(sequence)
+            except Exception as error:
+                log.exception("loading the KV of %s", sequence.id)
+                self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
+
+    def _meet(self) -> None:
+        """Copies what has been loaded up to where a sequence's compute has come."""
+        for sequence in list(self._scheduler.running):
+            blocks = sequence.meeting.loaded(sequence.computed) if sequence.meeting is not None else range(0)
+            if not blocks or sequence.meeting is None:
+                continue
+            began, tokens = time.perf_counter(), blocks.stop * self.layout.block_tokens
+            buffers = sequence.meeting.buffers[blocks.start : blocks.stop]
+            try:
+                self.pool.load(sequence.blocks[blocks.start : blocks.stop], buffers, tokens)
+                sequence.computed = tokens
+                sequence.count_loaded(buffers, time.perf_counter() - began)
                 self._name(sequence)
             except Exception as error:
                 log.exception("loading the KV of %s", sequence.id)
@@ -241,29 +263,41 @@ class Engine:
         sequence = chunk.sequence
         started_at, sequence.admitted_at = sequence.admitted_at, None
         resident, sequence.resident = sequence.resident, 0
+        loaded, sequence.loaded = sequence.loaded, (0, 0.0)
+        if sequence.meeting is not None:
+            sequence.meeting.computed(chunk.end)
         if sampled is None:
             sequence.computed = chunk.end
             self._name(sequence)
-            return SequenceStep(sequence.id, computed=chunk.end, started_at=started_at, resident=resident)
+            return SequenceStep(
+                sequence.id,
+                computed=chunk.end,
+                started_at=started_at,
+                resident=resident,
+                loaded_bytes=loaded[0],
+                loaded_s=loaded[1],
+            )
         if sampled.token is None:
             self._fail(sequence, Internal("the model gave logits that are not finite"), scrub=True)
             return None
         sequence.computed = chunk.end
         self._name(sequence)
+        sequence.drop_kv()
         sequence.tokens.append(sampled.token.id)
         sequence.advance(Event.SAMPLE)
         finish, stop_token = self._finish_of(sequence, sampled.token)
         if finish is not None:
             self._end(sequence, keep_blocks=sequence.hold)
         return SequenceStep(
-            sequence.id, (sampled.token,), chunk.end, finish, stop_token, started_at=started_at, resident=resident
-        )
+            sequence.id, (sampled.token,), chunk.end, finish, stop_token, started_at=started_at, resident=resident,
+            loaded_bytes=loaded[0], loaded_s=loaded[1],
+        )  # fmt: skip
 
     def _finish_of(self, sequence: Sequence, token: Token) -> tuple[FinishReason | None, int | None]:
         if token.id in sequence.stop_ids:
             return FinishReason.STOP, token.id
         limit = sequence.generated >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.context_tokens
-        return (FinishReason.LENGTH if limit or sequence.stop_after_prefill else None), None
+        return (FinishReason.LENGTH if limit else None), None
 
     def _end(self, sequence: Sequence, *, keep_blocks: bool) -> None:
         del self._live[sequence.id]
@@ -293,6 +327,7 @@ class Engine:
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             tokens=sum(len(sequence.tokens) for sequence in self._live.values()),
+            queued_tokens=sum(len(sequence.tokens) - sequence.computed for sequence in self._live.values()),
             pool_blocks_free=self.pool.allocator.free,
             pool_blocks_total=self.pool.allocator.total,
             pool_blocks_named=self.pool.allocator.named,

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from services.worker.engine.attention import KernelAttention, PagedAttention, TorchAttention
+from services.worker.engine.attention import PagedAttention
 from services.worker.engine.batch import StepInput, StepTables
-from services.worker.engine.pool import BlockPool
 from services.worker.engine.sampling import Sampled, sample
 from services.worker.engine.scheduler import Chunk
 from services.worker.engine.sequence import Sequence
@@ -14,9 +13,9 @@ from services.worker.model import LoadedModel
 class Forward:
     """The model, the way it attends over the pool, and the block tables of the running sequences."""
 
-    def __init__(self, model: LoadedModel, pool: BlockPool, sequences_max: int, blocks_max: int) -> None:
+    def __init__(self, model: LoadedModel, attention: PagedAttention, sequences_max: int, blocks_max: int) -> None:
         self._model = model.model
-        self._attention: PagedAttention = KernelAttention(pool.tensor) if model.kernels else TorchAttention(pool.tensor)
+        self._attention = attention
         self._tables = StepTables(sequences_max, blocks_max, model.layout.block_tokens, model.device)
 
     def run(self, chunks: list[Chunk]) -> dict[str, Sampled]:

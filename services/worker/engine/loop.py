@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from common.blocks import BlockKey
 from common.errors import Internal, Overloaded, PenstockError, Unavailable
@@ -28,14 +28,50 @@ from services.worker.engine.types import Claim, EngineLoad, NewSequence, Sequenc
 
 log = logging.getLogger(__name__)
 
+
+class Steppable(Protocol):
+    """What a loop runs: decode's `Engine`, or prefill's. All but `check` and `room` belong to the loop's thread."""
+
+    @property
+    def load(self) -> EngineLoad: ...
+
+    @property
+    def room(self) -> int:
+        """How many more sequences would be taken."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to compute and nothing to report."""
+        ...
+
+    blocked: bool  # the last step could compute nothing: only a command changes that
+
+    def check(self, new: NewSequence) -> None: ...
+
+    def add(self, new: Any) -> None: ...
+
+    def give_up(self, claim: Claim) -> None: ...
+
+    def cancel(self, sequence_id: str) -> None: ...
+
+    def fail_all(self, error: PenstockError) -> None: ...
+
+    def close(self, error: PenstockError) -> tuple[SequenceStep, ...]: ...
+
+    def step(self) -> StepResult: ...
+
+
 T = TypeVar("T")
-Command = Callable[[Engine], None]
+P = ParamSpec("P")
+E = TypeVar("E", bound=Steppable)
+Command = Callable[[E], None]
 
 _COMMANDS_MAX = 4096
 _RESULTS_MAX = 64
 
 
-class EngineLoop:
+class EngineLoop(Generic[E]):
     """One engine, one thread, one event loop.
 
     Args:
@@ -46,12 +82,12 @@ class EngineLoop:
         load: as of the last step.
     """
 
-    def __init__(self, engine: Engine, on_step: Callable[[StepResult], None], *, name: str = "engine") -> None:
+    def __init__(self, engine: E, on_step: Callable[[StepResult], None], *, name: str = "engine") -> None:
         self.engine = engine
         self.failure: BaseException | None = None
         self.load: EngineLoad = engine.load
         self._on_step = on_step
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command[E]] = queue.SimpleQueue()
         self._results = threading.Semaphore(_RESULTS_MAX)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -103,8 +139,7 @@ class EngineLoop:
                 raise Unavailable("the engine has stopped")
         except BaseException:
             self.give_up(new.claim)
-            if new.kv is not None:
-                new.kv.on_copied()
+            new.give_back()
             raise
         self._adds_put += 1
 
@@ -112,15 +147,31 @@ class EngineLoop:
         """Ends a sequence; its CANCELLED step comes with the next result."""
         self._put(lambda engine: engine.cancel(sequence_id))
 
-    def release(self, sequence_id: str) -> None:
+    def wake(self) -> None:
+        """Something an engine may wait for has come: its next plan may differ."""
+        self._put(lambda engine: None)
+
+    def posting(self, function: Callable[P, None]) -> Callable[P, None]:
+        """The function, to be called on the engine's thread and run on the event loop, in order with the results."""
+
+        def post(*args: P.args, **kwargs: P.kwargs) -> None:
+            assert self._event_loop is not None
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+                self._event_loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
+
+        return post
+
+    def release(self: "EngineLoop[Engine]", sequence_id: str) -> None:
         """Frees a held sequence's blocks."""
         self._put(lambda engine: engine.release(sequence_id))
 
-    async def export(self, sequence_id: str, first_block: int, last_block: int, out: Sequence[memoryview]) -> None:
+    async def export(
+        self: "EngineLoop[Engine]", sequence_id: str, first_block: int, last_block: int, out: Sequence[memoryview]
+    ) -> None:
         """`Engine.export` between two steps."""
         await self.call(lambda engine: engine.export(sequence_id, first_block, last_block, out))
 
-    def claim(self, keys: Sequence[BlockKey]) -> Claim:
+    def claim(self: "EngineLoop[Engine]", keys: Sequence[BlockKey]) -> Claim:
         """`Engine.claim`, at once."""
         return self.engine.claim(keys)
 
@@ -129,14 +180,14 @@ class EngineLoop:
         if claim.blocks:
             self._put(lambda engine: engine.give_up(claim))
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
+    async def call(self, function: Callable[[E], T]) -> T:
         """Runs a function on the engine's thread between two steps and returns what it returns.
 
         When the wait is cancelled, the function has either never run or run to its end.
         """
         outcome: Future[T] = Future()
 
-        def command(engine: Engine) -> None:
+        def command(engine: E) -> None:
             if outcome.set_running_or_notify_cancel():
                 try:
                     outcome.set_result(function(engine))
@@ -156,13 +207,13 @@ class EngineLoop:
                     await asyncio.wait([waiting])
             raise
 
-    def _put(self, command: Command) -> bool:
+    def _put(self, command: Command[E]) -> bool:
         with self._closing:
             if not self._closed:
                 self._commands.put(command)
             return not self._closed
 
-    def _add(self, engine: Engine, new: NewSequence) -> None:
+    def _add(self, engine: E, new: NewSequence) -> None:
         self._adds_done += 1
         try:
             engine.add(new)

@@ -4,7 +4,8 @@ A plan is made in this order:
 
 1. decodes, oldest first, one token each; a full pool preempts the latest arrival, which goes back to the
    front of the queue and recomputes;
-2. prompts in progress, oldest first, in chunks, until `step_tokens_max` tokens are planned;
+2. prompts in progress, oldest first, in chunks, until `step_tokens_max` tokens are planned; one that meets what is still
+   being loaded (meeting.py) waits for it;
 3. admissions in order of arrival, while the pool can hold the whole prompt and one more block, unless
    this step preempted (what was just freed would be taken at once).
 
@@ -100,6 +101,8 @@ class Scheduler:
 
     def _plan_prefill(self, sequence: Sequence, budget: int, plan: Plan) -> int:
         count = min(budget, len(sequence.tokens) - sequence.computed)
+        if count > 0 and sequence.meeting is not None:
+            count = sequence.meeting.claim(sequence.computed, count)
         if count <= 0:
             return 0
         plan.chunks.append(Chunk(sequence, sequence.computed, sequence.computed + count))
@@ -120,6 +123,7 @@ class Scheduler:
         self.running.remove(victim)
         plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence is not victim]
         self.free(victim)
+        victim.drop_kv()
         victim.advance(Event.PREEMPT)
         victim.computed = 0
         victim.preemptions += 1

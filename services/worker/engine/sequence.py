@@ -11,11 +11,13 @@ always an input), `blocks` holds at least `computed` tokens, and the sequence ow
 """
 
 import logging
+from collections.abc import Sequence as Items
 from enum import StrEnum
 from typing import Any
 
 from common.blocks import BlockKey, ChainRoot, extend_keys
 from common.generation import Sampling
+from services.worker.engine.meeting import Meeting
 from services.worker.engine.types import LoadedKv, NewSequence, Phase
 
 log = logging.getLogger(__name__)
@@ -53,8 +55,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "_keys", "_root", "admitted_at", "arrival", "blocks", "claimed", "computed", "hold", "id", "kv", "named", "penalties", "phase",
-        "preemptions", "prompt_tokens", "resident", "row", "row_blocks", "sampling", "stop_after_prefill", "stop_ids", "tokens",
+        "_keys", "_root", "admitted_at", "arrival", "blocks", "claimed", "computed", "hold", "id", "kv", "loaded", "meeting", "named", "penalties",
+        "phase", "preemptions", "prompt_tokens", "resident", "row", "row_blocks", "sampling", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewSequence, arrival: int) -> None:
@@ -63,13 +65,13 @@ class Sequence:
         self.tokens: list[int] = [*new.prompt, *new.output]
         self.prompt_tokens = len(new.prompt)
         self.kv: LoadedKv | None = new.kv
+        self.meeting: Meeting | None = new.meeting
         self.claimed: list[int] = list(new.claim.blocks)
         self.named = 0
         self.resident = 0
         self._root: ChainRoot | None = new.root
         self._keys: list[BlockKey] = []
         self.hold = new.hold
-        self.stop_after_prefill = new.stop_after_prefill
         self.arrival = arrival
         self.stop_ids = frozenset(new.sampling.stop_token_ids) | (
             frozenset() if new.sampling.ignore_eos else frozenset(new.sampling.eos_token_ids)
@@ -80,6 +82,7 @@ class Sequence:
         self.row: int | None = None
         self.row_blocks = 0
         self.admitted_at: float | None = None  # of the first admission, until it is reported
+        self.loaded: tuple[int, float] = (0, 0.0)  # bytes and seconds of copies into its blocks, until they are reported
         self.preemptions = 0
         self.penalties: Any = None
 
@@ -103,8 +106,15 @@ class Sequence:
     def advance(self, event: Event) -> None:
         self.phase = NEXT[self.phase][event]
 
+    def count_loaded(self, buffers: Items[memoryview], seconds: float) -> None:
+        """So much was copied into its blocks."""
+        self.loaded = (self.loaded[0] + sum(buffer.nbytes for buffer in buffers), self.loaded[1] + seconds)
+
     def drop_kv(self) -> None:
-        """Gives the loaded KV's buffers back, once."""
+        """Gives the loaded KV's buffers back, once, also those that are still being loaded to."""
+        if self.meeting is not None:
+            meeting, self.meeting = self.meeting, None
+            meeting.over()
         if self.kv is not None:
             kv, self.kv = self.kv, None
             try:

@@ -17,6 +17,7 @@ import msgspec
 from common.blocks import ChainRoot
 from common.errors import PenstockError
 from common.generation import FinishReason, Sampling, Token
+from services.worker.engine.meeting import Meeting
 
 
 class Phase(StrEnum):
@@ -65,7 +66,7 @@ class NewSequence(msgspec.Struct, frozen=True):
         hold: keep the pool blocks after the finish until `release`.
         root: parent of the first block's key; its blocks can be found again under their keys. None: they can't.
         claim: resident blocks it starts from; the engine gives it up in every outcome.
-        stop_after_prefill: finish (LENGTH) as soon as one token was sampled: what a prefill worker does.
+        meeting: KV that is still being loaded, from the end, while the engine computes from the front; None: none is.
     """
 
     id: str
@@ -74,9 +75,16 @@ class NewSequence(msgspec.Struct, frozen=True):
     output: Sequence[int] = ()
     kv: LoadedKv | None = None
     hold: bool = False
-    stop_after_prefill: bool = False
     root: ChainRoot | None = None
     claim: Claim = Claim()
+    meeting: Meeting | None = None
+
+    def give_back(self) -> None:
+        """Of one that is refused: its buffers are not needed. Its claim is the engine's to give up."""
+        if self.kv is not None:
+            self.kv.on_copied()
+        if self.meeting is not None:
+            self.meeting.over()
 
 
 class SequenceStep(msgspec.Struct, frozen=True):
@@ -91,6 +99,7 @@ class SequenceStep(msgspec.Struct, frozen=True):
         preempted: the sequence lost its pool blocks in this step and will recompute.
         started_at: with its first step, `time.perf_counter()` when it was admitted: queueing ended then.
         resident: with its first step, leading tokens that were in the pool before anything was copied or computed.
+        loaded_bytes, loaded_s: with its first step, what was copied into the pool at admission.
     """
 
     id: str
@@ -102,6 +111,8 @@ class SequenceStep(msgspec.Struct, frozen=True):
     preempted: bool = False
     started_at: float | None = None
     resident: int = 0
+    loaded_bytes: int = 0
+    loaded_s: float = 0.0
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
@@ -110,12 +121,13 @@ class EngineLoad(msgspec.Struct, frozen=True):
     running: int
     waiting: int
     tokens: int
+    queued_tokens: int  # whose KV is not computed yet
     pool_blocks_free: int
     pool_blocks_total: int
     pool_blocks_named: int
     preemptions: int
     prefill_tokens_per_s: float
-    prefill_step_s: float = 0.0
+    prefill_step_s: float
 
 
 class StepResult(msgspec.Struct, frozen=True):

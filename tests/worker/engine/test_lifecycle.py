@@ -254,15 +254,6 @@ def test_an_exception_in_the_model_ends_the_batch_and_spares_the_queue_and_the_p
     assert engine.pool.allocator.free == engine.pool.allocator.total
 
 
-def test_stop_after_prefill_gives_one_token_and_says_when_it_ends_the_request(llama) -> None:
-    expected = llama.generate(make_prompt(20), 20)[0]
-    engine = make_engine(llama.loaded)
-    one = run_one(engine, make_prompt(20), greedy(20), stop_after_prefill=True)
-    assert (one.ids, one.finish) == (expected[:1], "length")
-    stopped = run_one(engine, make_prompt(20), greedy(20, eos_token_ids=(expected[0],)), stop_after_prefill=True)
-    assert (stopped.ids, stopped.finish, stopped.stop_token) == (expected[:1], "stop", expected[0])
-
-
 def test_load_counts_what_runs_waits_and_is_free(llama) -> None:
     engine = make_engine(llama.loaded, pool_blocks=10, sequences_max=2)
     for index in range(3):

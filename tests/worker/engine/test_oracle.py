@@ -81,7 +81,7 @@ def test_loaded_prefix_of_any_length_around_a_block_border_changes_nothing(famil
 def test_prefill_hands_its_kv_and_first_token_to_another_engine(family, length, tiny) -> None:
     model, prompt = tiny(family), make_prompt(length)
     prefill, decode = make_engine(model.loaded), make_engine(model.loaded)
-    first = run(prefill, [new("p", prompt, greedy(30, logprobs=1), hold=True, stop_after_prefill=True)])["p"]
+    first = run(prefill, [new("p", prompt, greedy(1, logprobs=1), hold=True)])["p"]
     assert len(first.tokens) == 1
     kv = exported_kv(prefill, "p", length)
     prefill.release("p")

@@ -1,0 +1,66 @@
+"""How much prefill computes in one step: FIFO packing to a quota of compute time (DualPath, arXiv 2602.21548, section 5). Pure.
+
+Cost is counted in token equivalents: a token that attends to `c` keys costs `1 + c / attention_tokens`, where
+`attention_tokens` is the context at which attention costs as much as everything else. The quota is what the engine was
+measured to do in `QUOTA_S`. Sequences are packed in order of arrival; the one that overflows gets the longest chunk that
+fits, found by binary search.
+"""
+
+from services.worker.engine.speed import Speed
+from services.worker.model import LoadedModel
+
+QUOTA_S = 0.3  # the paper's
+_RATE_WEIGHT = 0.3  # of the newest measurement
+
+
+def attention_tokens(model: LoadedModel) -> float:
+    """Keys at which a token's attention costs what its matrix products cost.
+
+    Multiply-adds per token: one per parameter, and per key and layer `2 * q_heads * head_dim`.
+    """
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    layout = model.layout
+    return float(parameters / (2 * layout.layers * model.config.num_attention_heads * layout.head_dim))
+
+
+def cost(start: int, end: int, attention_tokens: float) -> float:
+    """Token equivalents of computing tokens `[start, end)`."""
+    count = end - start
+    return count * (1.0 + (start + end + 1) / 2 / attention_tokens)
+
+
+def fitting(start: int, end: int, step: int, budget: float, attention_tokens: float) -> int:
+    """The furthest end of a chunk `[start, that)` whose cost is at most `budget`: `end`, or a multiple of `step`, or `start`."""
+    if cost(start, end, attention_tokens) <= budget:
+        return end
+    low, high = 0, (end - start - 1) // step  # whole steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost(start, start + middle * step, attention_tokens) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return start + low * step
+
+
+class Quota:
+    """Measured speed of the engine, and the quota that follows from it."""
+
+    def __init__(self, attention_tokens: float, tokens_max: int) -> None:
+        self.attention_tokens = attention_tokens
+        self.speed = Speed()
+        self._equivalents_per_s = 0.0  # EWMA, 0 until measured
+        self._tokens_max = tokens_max
+
+    @property
+    def equivalents(self) -> float:
+        """Token equivalents of one step."""
+        return QUOTA_S * self._equivalents_per_s or float(self._tokens_max)
+
+    def measured(self, chunks: list[tuple[int, int]], seconds: float) -> None:
+        """A step over these token ranges took so long."""
+        equivalents = sum(cost(start, end, self.attention_tokens) for start, end in chunks)
+        weight = _RATE_WEIGHT if self._equivalents_per_s else 1.0
+        seconds = max(seconds, 1e-6)
+        self.speed.measured(sum(end - start for start, end in chunks), seconds)
+        self._equivalents_per_s += (equivalents / seconds - self._equivalents_per_s) * weight

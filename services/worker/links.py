@@ -1,0 +1,69 @@
+"""How fast bytes come over one kind of link, and how many are asked for: what routing estimates are made of."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SAMPLE_BYTES = 4 << 20  # a busy link is measured every so often
+HALF_LIFE_BYTES = 32 << 20  # after so many more bytes, what was measured before counts half
+
+
+class Link:
+    """One link of this worker. The rate is of busy time: transfers that share the link don't slow each other down in it.
+
+    Invariant: `queued_bytes` is what the `queued` blocks under way still wait for.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bytes_per_s = 0.0  # 0 until measured
+        self.queued_bytes = 0
+        self._clock = clock
+        self._under_way = 0
+        self._since = 0.0
+        self._bytes = 0  # since then
+
+    @contextmanager
+    def queued(self, size: int) -> Iterator[Callable[[int], None]]:
+        """So many bytes are asked for; the value takes those that came, or will not. At the end of the block none are left."""
+        left = size
+        self.queued_bytes += size
+
+        def less(size: int) -> None:
+            nonlocal left
+            size = min(size, left)
+            left -= size
+            self.queued_bytes -= size
+
+        try:
+            yield less
+        finally:
+            less(left)
+            assert self.queued_bytes >= 0
+
+    @contextmanager
+    def moving(self) -> Iterator[Callable[[int], None]]:
+        """A transfer; the value takes the bytes that came."""
+        if not self._under_way:
+            self._since, self._bytes = self._clock(), 0
+        self._under_way += 1
+        try:
+            yield self._came
+        finally:
+            self._under_way -= 1
+            if self._bytes and not self._under_way:
+                self._measure()
+
+    def _came(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes >= SAMPLE_BYTES:
+            self._measure()
+
+    def _measure(self) -> None:
+        now = self._clock()
+        rate = self._bytes / max(now - self._since, 1e-6)
+        weight = 1.0 - 0.5 ** (self._bytes / HALF_LIFE_BYTES) if self.bytes_per_s else 1.0
+        self.bytes_per_s += (rate - self.bytes_per_s) * weight
+        self._since, self._bytes = now, 0
+
+    def __repr__(self) -> str:
+        return f"Link({self.bytes_per_s / 1e6:.1f} MB/s, queued={self.queued_bytes})"

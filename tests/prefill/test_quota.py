@@ -1,0 +1,35 @@
+"""FIFO packing to a quota of compute: the arithmetic."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.prefill.quota import QUOTA_S, Quota, cost, fitting
+
+
+def test_a_token_costs_one_and_its_share_of_attention() -> None:
+    assert cost(0, 1, 100.0) == 1.01
+    assert cost(100, 101, 100.0) == 2.01
+
+
+@given(st.integers(0, 5000), st.integers(1, 3000), st.sampled_from([16, 64]), st.floats(0, 1e5), st.floats(1, 1e6))
+def test_the_longest_chunk_that_fits_is_found(start: int, length: int, step: int, budget: float, attention: float) -> None:
+    end = start + length
+    found = fitting(start, end, step, budget, attention)
+    assert found == end or (found - start) % step == 0
+    assert found == start or cost(start, found, attention) <= budget
+    if found < end:
+        following = min(found + step, end)
+        assert cost(start, following, attention) > budget
+
+
+@given(st.integers(0, 1000), st.integers(1, 500), st.integers(1, 500), st.floats(1, 1e6))
+def test_chunks_cost_what_their_whole_costs(start: int, first: int, second: int, attention: float) -> None:
+    parts = cost(start, start + first, attention) + cost(start + first, start + first + second, attention)
+    assert abs(parts - cost(start, start + first + second, attention)) < 1e-6 * parts
+
+
+def test_the_quota_is_what_was_measured_to_take_so_long() -> None:
+    quota = Quota(1e12, tokens_max=64)
+    assert quota.equivalents == 64
+    quota.measured([(0, 100), (50, 150)], 0.1)
+    assert quota.speed.tokens_per_s == 2000 and abs(quota.equivalents - 2000 * QUOTA_S) < 1e-3
