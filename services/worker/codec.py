@@ -36,7 +36,7 @@ class Codec:
         """Byte range `[start, end)` of one layer inside an encoded block."""
         return self.stored.layer_range(layer)
 
-    def encodes(self, buffer: memoryview) -> bool:
+    def is_encoded(self, buffer: memoryview) -> bool:
         """Whether a buffer of this length holds an encoded block, not a raw one."""
         return self.name != "raw" and buffer.nbytes == self.bytes_per_block
 

@@ -42,7 +42,7 @@ class BlockPool:
         for block, buffer in zip(block_ids, buffers, strict=True):
             if self._host is None:
                 self._upload(block, buffer)
-            elif self.codec.encodes(buffer):
+            elif self.codec.is_encoded(buffer):
                 self.codec.decode(buffer, memoryview(self._host[block]))
             else:
                 self._host[block] = np.frombuffer(buffer, dtype=np.uint8)
@@ -53,7 +53,7 @@ class BlockPool:
     def _upload(self, block: int, buffer: memoryview) -> None:
         """Encoded bytes cross to the device as they are and are decoded there."""
         there = torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8).copy()).to(self.tensor.device)
-        if self.codec.encodes(buffer):
+        if self.codec.is_encoded(buffer):
             self.tensor[block].copy_(self.codec.decode_tensor(there))
         else:
             self._records[block].copy_(there)
