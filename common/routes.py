@@ -55,6 +55,7 @@ class Plan(StrEnum):
     STORAGE_TO_PREFILL = "storage_to_prefill"  # prefill pulls, computes, and hands everything over
     SPLIT = "split"  # both links at once
     RECOMPUTE = "recompute"  # nothing is loaded
+    RESIDENT = "resident"  # decode's pool still has it: never decided, found there
     DIRECT_MEET = "direct+meet"
     STORAGE_TO_DECODE_MEET = "storage_to_decode+meet"
     STORAGE_TO_PREFILL_MEET = "storage_to_prefill+meet"

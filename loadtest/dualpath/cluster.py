@@ -61,6 +61,8 @@ class Cluster:
                 "--model", str(self._model), "--bytes-host", self._address(worker, Network.COMPUTE), "--transport", "tcp",
                 "--block-tokens", str(model.BLOCK_TOKENS), "--threads", "1",
                 "--pool-bytes", str(POOL_BYTES), "--stage-bytes", str(STAGE_BYTES), *self._where(worker), *self.mode.workers,
+                # What decode still holds of an earlier turn would come over no link, and the links are what is measured.
+                *(["--no-resident"] if worker.startswith("decode") else []),
             ])  # fmt: skip
         self._start_router(self.mode)
         for name in [name for name in self.processes if name != "nats"]:

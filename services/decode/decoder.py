@@ -2,7 +2,7 @@
 
 Life of a request (`_run`):
 1. Admitted, or refused at once when too many are in flight.
-2. Filled: its stage slots get the KV its route promises (services/decode/filling.py).
+2. Filled: its stage slots get the KV its route promises (services/decode/filling.py), unless the pool still has it.
 3. A first token from prefill goes out immediately.
 4. The engine copies the KV into its pool, computes what is missing, and decodes.
 5. Every step's news goes out through `emit`; full blocks are offered to the write-back.
@@ -14,18 +14,23 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from common import tracing
+from common.blocks import BlockKey, block_keys, reusable_blocks
 from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, PenstockError
 from common.generation import FinishReason, Token
 from common.logs import Log
+from common.routes import Plan
 from services.decode.filling import Filled, Filler
 from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
-from services.worker.engine.types import NewSequence, SequenceStep, StepResult
+from services.worker.engine.types import Claim, NewSequence, SequenceStep, StepResult
 from services.worker.requests import DecodeRequest, Flow, PrefillProgress, Report, RequestStep
 from services.worker.writeback import Chain, Writer
 
 log = Log("decoder")
+RESIDENT_TAIL_TOKENS = 512  # a longer one is worth a hand-over to prefill, though what is before it is here
 Emit = Callable[[RequestStep], None]
 
 
@@ -54,11 +59,16 @@ class Live:
 class Decoder:
     """Runs requests on one engine. All methods belong to the event loop's thread."""
 
-    def __init__(self, engine: EngineLoop[Engine], filler: Filler, writer: Writer, requests_max: int) -> None:
+    def __init__(
+        self, engine: EngineLoop[Engine], filler: Filler, writer: Writer, block_tokens: int, requests_max: int, *, resident: bool
+    ) -> None:
+        """`resident`: blocks of finished sequences stay in the pool and are used again."""
         self._engine = engine
         self._filler = filler
         self._writer = writer
+        self._block_tokens = block_tokens
         self._requests_max = requests_max
+        self._resident = resident
         self._live: dict[str, Live] = {}
         self._serial = 0
         self.draining = False
@@ -145,8 +155,32 @@ class Decoder:
                 self._engine.cancel(live.key)
 
     async def _run(self, live: Live) -> None:
+        claim = self._engine.claim(self._keys(live.request)) if self._resident else Claim()
+        try:
+            await self._run_from(live, claim)
+        finally:
+            self._engine.give_up(claim)  # unless the engine has taken it over
+
+    def _keys(self, request: DecodeRequest) -> list[BlockKey]:
+        """Keys of the blocks that needn't be computed."""
+        known = [*request.prompt, *request.output]
+        blocks = reusable_blocks(len(known), self._block_tokens)
+        return block_keys(request.chain_root, known[: blocks * self._block_tokens], self._block_tokens)
+
+    async def _fill(self, live: Live, claim: Claim) -> Filled:
+        """What is resident needs no filling, if the route would load no more and little is left to compute."""
+        request, blocks = live.request, len(claim.blocks)
+        loaded = max((leg.last_block for leg in request.route.legs), default=0)
+        tail = len(request.prompt) + len(request.output) - blocks * self._block_tokens
+        if not blocks or blocks < loaded or (request.route.prefill and tail > RESIDENT_TAIL_TOKENS):
+            return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress))
+        await self._filler.decline(request)
+        live.report.plan = Plan.RESIDENT
+        return Filled(stored_blocks=min(blocks, request.route.stored.blocks if request.route.stored else 0))
+
+    async def _run_from(self, live: Live, claim: Claim) -> None:
         request = live.request
-        filled = await self._filler.fill(request, live.report, lambda progress: self._first(live, progress))
+        filled = await self._fill(live, claim)
         if filled.first is not None and self._first_ends(live, filled):
             self._keep_staged(live, filled)
             return
@@ -158,6 +192,8 @@ class Decoder:
         if filled.loading is not None:
             live.loading = filled.loading
         sequence = NewSequence(live.key, request.prompt, request.sampling, output, filled.kv, meeting=filled.meeting, hold=True)
+        if self._resident and filled.meeting is None:
+            sequence = msgspec.structs.replace(sequence, root=request.chain_root, claim=claim)
         self._engine.add(sequence)
         live.in_engine = True
         await live.over.wait()
@@ -194,6 +230,8 @@ class Decoder:
 
     def _news(self, live: Live, step: SequenceStep) -> None:
         assert live.chain is not None
+        if step.resident:
+            live.report.cached_tokens = max(live.report.cached_tokens, min(step.resident, len(live.request.prompt)))
         if step.started_at is not None:
             waited = step.started_at - live.submitted
             live.report.queue_s += waited

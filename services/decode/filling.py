@@ -92,6 +92,11 @@ class Filler:
                 raise
         return filled
 
+    async def decline(self, request: DecodeRequest) -> None:
+        """Nothing needs to be filled: what the route holds is given back."""
+        if request.route.stored is not None:
+            await self.reader.release(request.route.stored)
+
 
 class _Filling:
     """One request's."""

@@ -25,9 +25,12 @@ WRITE_DRAIN_S = 5.0
 
 
 class DecodeKind:
-    """A decode worker's KV is copied from its stage into its pool."""
+    """A decode worker's KV is copied from its stage into its pool, where it is kept for reuse if `resident`."""
 
     send_slots = 16  # for write-back
+
+    def __init__(self, *, resident: bool) -> None:
+        self._resident = resident
 
     def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
         """The model's, or what the pool holds if that is less."""
@@ -44,13 +47,13 @@ class DecodeKind:
         )
 
     def role(self, node: Node[Any]) -> "DecodeWorker":
-        return DecodeWorker(node)
+        return DecodeWorker(node, resident=self._resident)
 
 
 class DecodeWorker:
     """Life: runs, drains (`drain`), is done."""
 
-    def __init__(self, node: Node[Engine]) -> None:
+    def __init__(self, node: Node[Engine], *, resident: bool) -> None:
         layout = node.model.layout
         self._node = node
         self._prefills = PrefillPeers(node.model.namespace)
@@ -68,7 +71,7 @@ class DecodeWorker:
             node.settings.lease_s,
             node.engine.wake,
         )
-        self.decoder = Decoder(node.engine, filler, self._writer, node.requests_max)
+        self.decoder = Decoder(node.engine, filler, self._writer, layout.block_tokens, node.requests_max, resident=resident)
 
     def on_step(self, result: StepResult) -> None:
         self.decoder.on_step(result)

@@ -179,7 +179,11 @@ async def running_pair(
         stack.push_async_callback(client.close)
         there = await _worker("prefill", PrefillSettings(**common | (prefill or {})), model, PrefillKind(), stack)
         here = await _worker(
-            "decode", DecodeSettings(**common | {"pool_bytes": 16 << 20} | (decode or {})), model, DecodeKind(), stack
+            "decode",
+            DecodeSettings(**common | {"pool_bytes": 16 << 20} | (decode or {})),
+            model,
+            DecodeKind(resident=False),
+            stack,
         )
         pair = Pair(model, there, here, client)
         yield pair
