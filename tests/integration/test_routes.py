@@ -15,6 +15,9 @@ import pytest
 from common.errors import Cancelled, Overloaded
 from common.routes import Leg, Order, Plan, Source, plan_of
 from common.transport.interface import Endpoint, Part, PartStatus
+from services.decode import prefill_client
+from services.kvstore.area import StoreArea
+from services.worker import links, loading
 from services.worker.requests import RequestStep
 from tests.families import VOCAB_SIZE
 from tests.integration.oracle import greedy
@@ -319,6 +322,44 @@ async def test_prefill_that_breaks_in_the_middle_of_a_step(pair: Pair, directory
         answer = await pair.ask(prompt, ROUTES[name])
         check(directory, prompt, answer)
         assert answer.report is not None and "out of luck" in answer.report.fallback
+
+
+async def test_prefill_that_falls_silent(pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection stands and nothing comes: a process that is stopped, or an engine that is stuck."""
+    prompt = prompt_of(LENGTH)
+    await pair.keep(prompt)
+    monkeypatch.setattr(prefill_client, "SILENCE_S", 0.3)
+    monkeypatch.setattr(pair.runner.engine, "add", lambda new: None)
+    for name in ROUTES:
+        answer = await pair.ask(prompt, ROUTES[name])
+        check(directory, prompt, answer)
+        assert answer.report is not None and "has said nothing" in answer.report.fallback
+        assert answer.report.cached_tokens == 96
+
+
+@pytest.mark.parametrize("order", Order)
+async def test_a_kvstore_that_stops_in_the_middle(
+    order: Order, pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers for some blocks and never for the others; nobody waits for it until the request's deadline."""
+    prompt = prompt_of(LENGTH)
+    await pair.keep(prompt)
+    monkeypatch.setattr(links, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(links, "PATIENCE_FACTOR", 0.0)
+    monkeypatch.setattr(loading, "BLOCKS_PER_READ", 2)
+    answered = StoreArea.read
+
+    async def stops(self: StoreArea, token: Any, parts: Sequence[Part], into: Any) -> Any:
+        if any(part.item in (2, 5) for part in parts):
+            await stopped.wait()
+        return await answered(self, token, parts, into)
+
+    for name in ROUTES:
+        stopped = asyncio.Event()
+        monkeypatch.setattr(StoreArea, "read", stops)
+        answer = await pair.ask(prompt, ROUTES[name], order)
+        stopped.set()
+        check(directory, prompt, answer)
 
 
 async def test_a_kvstore_that_is_gone(pair: Pair, directory: Path) -> None:
