@@ -18,7 +18,8 @@ from common import tracing
 from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, PenstockError
 from common.generation import FinishReason, Token
 from common.logs import Log
-from services.decode.filling import Filled, Filler
+from services.decode.filled import Filled
+from services.decode.filling import Filler
 from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.types import NewSequence, SequenceStep, StepResult
