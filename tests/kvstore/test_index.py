@@ -45,7 +45,7 @@ def test_a_prefix_ends_at_the_first_missing_block() -> None:
 
 
 def test_nothing_is_found_in_an_index_that_holds_nothing_yet() -> None:
-    assert Index(LeafLru(), itertools.count(1)).prefix(chain(3)).tolist() == []
+    assert Index(NewcomersFirst(), itertools.count(1)).prefix(chain(3)).tolist() == []
 
 
 def test_stored_keys_that_are_no_chain_are_not_a_prefix() -> None:
