@@ -6,7 +6,8 @@ Every source, every split point around block borders, every mixture, in every or
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.transport.interface import Endpoint, Part, PartStatus
 from services.decode import prefill_client
 from services.kvstore.area import StoreArea
 from services.worker import links, loading
+from services.worker.ledger import Ledger
 from services.worker.requests import RequestStep
 from tests.families import VOCAB_SIZE
 from tests.integration.oracle import greedy
@@ -110,12 +112,36 @@ async def test_direct_loads_on_decode_and_touches_no_prefill(pair: Pair, directo
     assert pair.prefill.stage.counters.write.bytes == pair.prefill.reader.link.bytes_per_s == 0
 
 
-async def test_what_loads_meet_with_compute_is_never_made_twice(pair: Pair, directory: Path) -> None:
+@contextmanager
+def storage_waits(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> Iterator[None]:
+    """After its first read, storage answers only when `owner.method` was called: so compute has begun before all is loaded."""
+    loop, begun, reads = asyncio.get_running_loop(), asyncio.Event(), itertools.count()
+    read, inner = StoreArea.read, getattr(owner, method)
+
+    async def waiting(self: StoreArea, *rest: Any) -> Any:
+        if next(reads):
+            await begun.wait()
+        return await read(self, *rest)
+
+    def beginning(*rest: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        return inner(*rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreArea, "read", waiting)
+        patched.setattr(owner, method, beginning)
+        yield
+
+
+async def test_what_loads_meet_with_compute_is_never_made_twice(
+    pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = prompt_of(500)
     await pair.keep(prompt)
     size = pair.model.layout.bytes_per_block
     for route in (legs((0, 31, DECODE)), legs((0, 31, PREFILL)), legs((0, 10, PREFILL), (10, 31, DECODE))):
-        answer = await pair.ask(prompt, route, Order.MEET)
+        with storage_waits(monkeypatch, Ledger, "computed"):
+            answer = await pair.ask(prompt, route, Order.MEET)
         check(directory, prompt, answer)
         report = answer.report
         assert report is not None and report.plan.endswith("+meet") and not report.fallback
@@ -127,7 +153,9 @@ async def test_what_loads_meet_with_compute_is_never_made_twice(pair: Pair, dire
         assert 0 < loaded < 31, "one end made it all, so they never met"
 
 
-async def test_decode_alone_computes_from_the_front_while_it_loads_from_the_end(pair: Pair, directory: Path) -> None:
+async def test_decode_alone_computes_from_the_front_while_it_loads_from_the_end(
+    pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = pair.model.layout.bytes_per_block
     for length in (96, 97, 103, 112, 500):
         prompt = prompt_of(length)
@@ -142,7 +170,10 @@ async def test_decode_alone_computes_from_the_front_while_it_loads_from_the_end(
             assert report.plan is (Plan.DIRECT_MEET if loaded else Plan.RECOMPUTE)
             assert report.storage_to_decode.bytes == report.host_to_device.bytes == loaded * size
             assert report.cached_tokens + report.computed_tokens == length
-    assert 0 < loaded < 31, "one end made it all, so they never met"
+    with storage_waits(monkeypatch, Ledger, "computed"):
+        answer = await pair.ask(prompt, legs((0, 31, DECODE)), Order.MEET, prefill="")
+    check(directory, prompt, answer)
+    assert answer.report is not None and 0 < answer.report.cached_tokens < 31 * pair.block_tokens
 
 
 @pytest.mark.parametrize("status", [PartStatus.CORRUPT, PartStatus.FAILED], ids=lambda s: s.name.lower())
