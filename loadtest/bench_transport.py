@@ -36,7 +36,8 @@ from common.transport.memory import crc32c
 from common.transport.reception import Reception
 from common.transport.region import Region
 from common.transport.server import serve_bytes
-from services.worker.stage import Right, Stage
+from services.worker.lease import Right
+from services.worker.stage import Stage
 
 GIB = 1 << 30
 DEADLINE_S = 60.0

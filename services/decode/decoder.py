@@ -22,7 +22,8 @@ from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, Pen
 from common.generation import FinishReason, Token
 from common.logs import Log
 from common.routes import Plan
-from services.decode.filling import Filled, Filler
+from services.decode.filled import Filled
+from services.decode.filling import Filler
 from services.worker.engine.engine import Engine
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.types import Claim, NewSequence, SequenceStep, StepResult

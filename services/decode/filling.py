@@ -5,7 +5,7 @@ decode can't pull a block -> prefill pulls it or computes it; prefill fails -> w
 prefix is pulled here; a block fails -> the prefix before it; nothing left -> the engine recomputes. Only a full stage refuses
 the request, at once.
 
-With a prefill worker, the slots of the whole prompt are shared with it under one lease (services/worker/stage.py): it reads
+With a prefill worker, the slots of the whole prompt are shared with it under one lease (services/worker/lease.py): it reads
 what is pulled here, and fills the rest. Slots belong to the `Filled` that is returned, and are given back by whoever
 takes it (`Filled.kv.on_copied`, or `Filled.drop`).
 """
@@ -19,46 +19,23 @@ import msgspec
 from common import tracing
 from common.blocks import reusable_blocks
 from common.errors import LeaseRejected, PenstockError
-from common.generation import FinishReason, Token
 from common.logs import Log
 from common.routes import Leg, Order, Source, clipped, plan_of
 from common.transport.counters import Flow as Moved
 from common.transport.interface import Endpoint, LeaseToken
+from services.decode.filled import Filled, Shares
 from services.decode.grants import Grants
 from services.decode.prefill_client import PrefillPeers
 from services.worker.engine.meeting import Meeting
 from services.worker.engine.types import LoadedKv
+from services.worker.lease import Lease, Right
 from services.worker.ledger import Ledger
 from services.worker.loading import Form, Loaded, Pull, Reader, Stored, from_back, in_order
 from services.worker.requests import DecodeRequest, Flow, PrefillProgress, PrefillRequest, Report, StageLease
-from services.worker.stage import Lease, Right, Stage
+from services.worker.stage import Stage
 
 log = Log("filling")
 OnFirst = Callable[[PrefillProgress], None]
-
-
-class Filled(msgspec.Struct, frozen=True):
-    """What the engine starts from.
-
-    `kv` is None when nothing was filled; its bytes are in `slots`. `meeting`, instead: it is still being filled, by `loading`. `first` came from prefill, with how it ended the sequence.
-    `stored_blocks` leading blocks are in the reservoir already.
-    """
-
-    kv: LoadedKv | None = None
-    slots: Sequence[int] = ()
-    stored_blocks: int = 0
-    first: Token | None = None
-    finish: FinishReason | None = None
-    stop_token: int | None = None
-    meeting: Meeting | None = None
-    loading: asyncio.Task[None] | None = None
-
-    def drop(self) -> None:
-        """Gives the slots back when no engine will."""
-        if self.kv is not None:
-            self.kv.on_copied()
-        if self.meeting is not None:
-            self.meeting.over()
 
 
 class Filler:
@@ -136,7 +113,7 @@ class _Filling:
         leg = Leg(0, wanted, Source.STORAGE_TO_DECODE)
         blocks = -(-(len(request.prompt) + len(request.output)) // block_tokens)
         ledger = Ledger(blocks, 1, [leg] if wanted else [])
-        shares = _Shares(lambda: self._in.stage.free(slots), 2)
+        shares = Shares(lambda: self._in.stage.free(slots), 2)
         loading = asyncio.create_task(self._load_to_meet(slots, ledger, leg), name=f"loading {request.id}")
         loading.add_done_callback(lambda _: shares.let_go())
         views = [self._in.stage.view(slot, 0, self._in.reader.bytes_in_slot(Form.STORED)) for slot in slots]
@@ -343,28 +320,6 @@ class _Filling:
             loop.call_soon_threadsafe(self._in.stage.free, slots)
 
         return free
-
-
-class _Shares:
-    """Calls `free` when the last of its holders has let go."""
-
-    def __init__(self, free: Callable[[], None], holders: int) -> None:
-        self._free = free
-        self._holders = holders
-
-    def let_go(self) -> None:
-        self._holders -= 1
-        assert self._holders >= 0
-        if not self._holders:
-            self._free()
-
-    def threadsafe(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-        """`let_go`, from whichever thread."""
-
-        def let_go() -> None:
-            loop.call_soon_threadsafe(self.let_go)
-
-        return let_go
 
 
 def _prefix(blocks: set[int], limit: int) -> int:

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from common.routes import Leg, Order, Source
+from services.worker.lease import Lease
 from services.worker.loading import BLOCKS_PER_READ
-from services.worker.stage import Lease, Stage
+from services.worker.stage import Stage
 
 
 class Grants:

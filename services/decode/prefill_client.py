@@ -9,9 +9,10 @@ from common import rpc
 from common.errors import Internal, TransferFailed, Unavailable
 from common.pb import worker_pb2_grpc
 from services.worker.convert import progress_from_pb, run_request
-from services.worker.requests import PrefillProgress, PrefillRequest, Report
+from services.worker.requests import HEARTBEAT_S, PrefillProgress, PrefillRequest, Report
 
 CONNECT_DEADLINE_S = 2.0
+SILENCE_S = 6 * HEARTBEAT_S  # a worker that says nothing for so long is stuck, whatever its connection says
 Tell = Callable[[PrefillProgress], None]
 
 
@@ -36,7 +37,11 @@ class PrefillPeers:
         call = stub.Run(run_request(request, self._namespace), timeout=request.deadline_s)
         computed_blocks, has_first = 0, False
         try:
-            async for event in call:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    event = await call.read()
+                if event is grpc.aio.EOF:
+                    break
                 progress = progress_from_pb(event)
                 if progress.computed_blocks < computed_blocks:
                     raise Internal(f"prefill {address} counted back from {computed_blocks} to {progress.computed_blocks} blocks")
@@ -45,6 +50,8 @@ class PrefillPeers:
                 tell(progress)
                 if progress.report is not None and has_first:
                     return progress.report
+        except TimeoutError as error:
+            raise Unavailable(f"prefill {address} has said nothing for {SILENCE_S:g} s") from error
         except grpc.aio.AioRpcError as error:
             raise rpc.raised(error, address) from error
         finally:

@@ -14,6 +14,7 @@ from services.worker.engine.engine import Engine
 from services.worker.engine.pool import pool_blocks
 from services.worker.engine.types import StepResult
 from services.worker.links import Link
+from services.worker.memory import BESIDE_A_POOL
 from services.worker.model import LoadedModel
 from services.worker.node import Node
 from services.worker.settings import WorkerSettings
@@ -28,6 +29,7 @@ class DecodeKind:
     """A decode worker's KV is copied from its stage into its pool, where it is kept for reuse if `resident`."""
 
     send_slots = 16  # for write-back
+    stage_size = BESIDE_A_POOL
 
     def __init__(self, *, resident: bool) -> None:
         self._resident = resident

@@ -86,9 +86,11 @@ class _Gate:
         self._layers = layers
         self._announce = announce
         self._wait_s = LATE_S if len(pieces) > 1 else LATE_ALONE_S
+        self.waited_s = 0.0
 
     def before(self, layer: int) -> None:
-        deadline = time.monotonic() + self._wait_s
+        began = time.monotonic()
+        deadline = began + self._wait_s
         for piece in self._pieces:
             if piece.broken:
                 continue
@@ -96,6 +98,7 @@ class _Gate:
             piece.broken = outcome is not Wait.READY
             if outcome is Wait.LATE:
                 piece.run.layers_wanted = self._layers
+        self.waited_s += time.monotonic() - began
         if all(piece.broken for piece in self._pieces):
             raise _NobodyLeft
 
@@ -192,9 +195,7 @@ class PrefillEngine:
         self.blocked, self._running = not pieces, len(pieces)
         steps: list[SequenceStep] = []
         if pieces:
-            started = time.perf_counter()
             outcome = self._run(pieces)
-            self._quota.measured([(piece.chunk.start, piece.chunk.end) for piece in pieces], time.perf_counter() - started)
             steps = [step for piece in pieces if (step := self._advance(piece, outcome.get(piece.chunk.sequence.id)))]
         ended, self._ended = self._ended, []
         return StepResult((*steps, *ended), self.load)
@@ -237,9 +238,13 @@ class PrefillEngine:
         return Piece(run, Chunk(run.sequence, start, min(taken.stop * step, length)), taken)
 
     def _run(self, pieces: list[Piece]) -> dict[str, Sampled]:
+        gate, began = _Gate(pieces, self.model.layout.layers, self.announce), time.perf_counter()
         try:
-            with self._layerwise.through(_Gate(pieces, self.model.layout.layers, self.announce)):
-                return self._forward.run([piece.chunk for piece in pieces])
+            with self._layerwise.through(gate):
+                outcome = self._forward.run([piece.chunk for piece in pieces])
+            computing_s = time.perf_counter() - began - gate.waited_s
+            self._quota.measured([(piece.chunk.start, piece.chunk.end) for piece in pieces], computing_s)
+            return outcome
         except _NobodyLeft:
             return {}
         except Exception as error:

@@ -10,7 +10,6 @@ from services.worker.engine.speed import Speed
 from services.worker.model import LoadedModel
 
 QUOTA_S = 0.3  # the paper's
-_RATE_WEIGHT = 0.3  # of the newest measurement
 
 
 def attention_tokens(model: LoadedModel) -> float:
@@ -44,23 +43,27 @@ def fitting(start: int, end: int, step: int, budget: float, attention_tokens: fl
 
 
 class Quota:
-    """Measured speed of the engine, and the quota that follows from it."""
+    """What one step may compute, from what steps have taken.
+
+    Attributes:
+        speed: in tokens, as it is reported.
+    """
 
     def __init__(self, attention_tokens: float, tokens_max: int) -> None:
         self.attention_tokens = attention_tokens
         self.speed = Speed()
-        self._equivalents_per_s = 0.0  # EWMA, 0 until measured
+        self._equivalents = Speed()
         self._tokens_max = tokens_max
 
     @property
     def equivalents(self) -> float:
         """Token equivalents of one step."""
-        return QUOTA_S * self._equivalents_per_s or float(self._tokens_max)
+        pace = self._equivalents
+        if not pace.tokens_per_s:
+            return float(self._tokens_max)
+        return max(0.0, QUOTA_S - pace.step_s) * pace.tokens_per_s
 
     def measured(self, chunks: list[tuple[int, int]], seconds: float) -> None:
         """A step over these token ranges took so long."""
-        equivalents = sum(cost(start, end, self.attention_tokens) for start, end in chunks)
-        weight = _RATE_WEIGHT if self._equivalents_per_s else 1.0
-        seconds = max(seconds, 1e-6)
         self.speed.measured(sum(end - start for start, end in chunks), seconds)
-        self._equivalents_per_s += (equivalents / seconds - self._equivalents_per_s) * weight
+        self._equivalents.measured(sum(cost(start, end, self.attention_tokens) for start, end in chunks), seconds)

@@ -29,10 +29,11 @@ from services.worker.engine.loop import EngineLoop
 from services.worker.engine.types import SequenceStep, StepResult
 from services.worker.ledger import Ledger
 from services.worker.loading import Reader
-from services.worker.requests import Flow, PrefillProgress, PrefillRequest, Report
+from services.worker.requests import HEARTBEAT_S, Flow, PrefillProgress, PrefillRequest, Report
 from services.worker.stage import Stage
 
 Tell = Callable[[PrefillProgress], None]
+ENGINE_STALLED_S = 20.0  # a step longer than this is a stuck engine: its runs are better computed elsewhere
 
 
 class Runner:
@@ -174,6 +175,7 @@ class _Run:
         request, whole = self.request, self.request.order is Order.WHOLE
         self._zero_tail()
         async with asyncio.TaskGroup() as group:
+            beating = group.create_task(self._beat())
             loading = group.create_task(self._legs.load())
             sending = None if whole else group.create_task(self.handoff.run())
             if whole:
@@ -185,7 +187,15 @@ class _Run:
             await loading
             self.handoff.complete()
             await (sending or self.handoff.run())
+            beating.cancel()
         self._finish()
+
+    async def _beat(self) -> None:
+        """Says that the run is alive, for as long as the engine is."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self._in.engine.stalled_s() < ENGINE_STALLED_S:
+                self.tell()
 
     def _zero_tail(self) -> None:
         """What a partial last block holds past the prompt leaves as zeros: it may be another sequence's KV."""

@@ -17,6 +17,7 @@ from services.prefill.runner import Runner
 from services.prefill.service import PrefillService
 from services.worker.engine.types import StepResult
 from services.worker.links import Link
+from services.worker.memory import INSTEAD_OF_A_POOL
 from services.worker.model import LoadedModel
 from services.worker.node import Node
 from services.worker.settings import WorkerSettings
@@ -29,6 +30,7 @@ class PrefillKind:
     """A prefill worker's KV lies in its stage: it has no pool, and nothing leaves by other slots than it is in."""
 
     send_slots = 0
+    stage_size = INSTEAD_OF_A_POOL
 
     def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
         return model.context_tokens

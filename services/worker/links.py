@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 SAMPLE_BYTES = 4 << 20  # a busy link is measured every so often
 HALF_LIFE_BYTES = 32 << 20  # after so many more bytes, what was measured before counts half
+PATIENCE_S = 10.0  # a transfer that takes longer has failed, unless so much is queued that it may
+PATIENCE_FACTOR = 4.0
 
 
 class Link:
@@ -21,6 +23,11 @@ class Link:
         self._under_way = 0
         self._since = 0.0
         self._bytes = 0  # since then
+
+    @property
+    def patience_s(self) -> float:
+        """How long a transfer may take before its peer counts as stalled: well over what the queue explains."""
+        return max(PATIENCE_S, PATIENCE_FACTOR * self.queued_bytes / self.bytes_per_s if self.bytes_per_s else 0.0)
 
     @contextmanager
     def queued(self, size: int) -> Iterator[Callable[[int], None]]:

@@ -32,6 +32,10 @@ READS_IN_FLIGHT = 2
 MEET_BATCHES = 8  # a leg that meets compute is claimed in at least so many batches, so that the ends meet closely
 
 
+# How reads end that a kvstore never answered.
+UNANSWERED = frozenset({PartStatus.FAILED, PartStatus.EXPIRED})
+
+
 class Form(StrEnum):
     """What a loaded block's slot holds."""
 
@@ -149,7 +153,7 @@ class Reader:
             async def work() -> None:
                 nonlocal carrier
                 while blocks := await pull.batches():
-                    lost = PartStatus.FAILED in failed.values() and not carrier  # the kvstore can't be reached: don't try again
+                    lost = not carrier and not UNANSWERED.isdisjoint(failed.values())  # nobody is there: don't try again
                     statuses = [PartStatus.FAILED] * len(blocks) if lost else await self._read(pull, blocks, until)
                     if PartStatus.OK in statuses:
                         carrier = self._carrier(pull)
@@ -174,8 +178,9 @@ class Reader:
         size = self._codec.bytes_per_block
         parts = [Part(block, 0, size) for block in blocks]
         spans = [self._stage.span(pull.slots[block], 0, size) for block in blocks]
+        deadline_s = max(0.0, min(until - time.monotonic(), self.link.patience_s))
         with self.link.moving() as came, pull.moved.transfer():
-            statuses = await transport.read(pull.stored.token, parts, spans, deadline_s=max(0.0, until - time.monotonic()))
+            statuses = await transport.read(pull.stored.token, parts, spans, deadline_s=deadline_s)
             came(size * statuses.count(PartStatus.OK))
         pull.moved.count(statuses, [size] * len(blocks))
         if pull.form is Form.RAW:

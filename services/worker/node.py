@@ -37,7 +37,7 @@ from services.worker.engine.loop import EngineLoop, Steppable
 from services.worker.engine.types import StepResult
 from services.worker.links import Link
 from services.worker.loading import KvStores, Reader
-from services.worker.memory import stage_slots
+from services.worker.memory import StageSize, stage_slots
 from services.worker.model import LoadedModel, load_model
 from services.worker.settings import WorkerSettings
 from services.worker.slots import SlotPool
@@ -51,10 +51,11 @@ STALLED_S = 60.0  # a step longer than this is a stuck engine: health says so
 class Kind(Protocol):
     """What makes the two kinds of worker differ before there is one.
 
-    `send_slots`: stage slots set aside for what leaves.
+    `send_slots`: stage slots set aside for what leaves. `stage_size`: of the stage, when no setting says.
     """
 
     send_slots: int
+    stage_size: StageSize
 
     def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
         """Longest prompt plus output that it is made for."""
@@ -97,7 +98,9 @@ class Node(Generic[E]):
         self.address = ""  # host:port of gRPC, as peers reach it
         self.draining = False
         self.context_tokens = kind.context_tokens(settings, model)
-        slots = stage_slots(model.layout, self.context_tokens, memory_bytes(), settings.stage_bytes, kind.send_slots)
+        slots = stage_slots(
+            model.layout, self.context_tokens, memory_bytes(), settings.stage_bytes, kind.send_slots, kind.stage_size
+        )
         self.stage = Stage(slots, model.layout.bytes_per_block)
         self.send_slots = SlotPool(self.stage.reserve(kind.send_slots))
         self.engine: EngineLoop[E] = EngineLoop(

@@ -9,6 +9,8 @@ from common.routes import Leg, Order, Plan
 from common.transport.interface import Endpoint, LeaseToken
 from services.worker.loading import Stored
 
+HEARTBEAT_S = 1.0  # a prefill run says at least so often how far it is, while its engine works
+
 
 class Route(msgspec.Struct, frozen=True):
     """The router's decision. `prefill` and `kvstore` are host:port, empty for none; no leg covers: computed.

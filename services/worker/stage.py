@@ -5,96 +5,30 @@ Life of a lease: granted --> ended, by `revoke`, `release`, `free` of one of its
 
 Invariants:
 - A slot is free, owned or in limbo; `reserve` hands out free slots only, or refuses at once.
-- A peer writes only under a live WRITE lease. Ending it takes every buffer that is out back on the spot
+- A peer writes only under a live WRITE or SHARE lease. Ending it takes every buffer that is out back on the spot
   (its memoryview is released); one that a system call in a thread is writing can't be released, and is
   waited for: by `revoke`, or by its slot in limbo.
 - An item is filled when every byte of its announced length was committed, each verified against its
   CRC-32C. What is committed is never overwritten: a repeated write is OK and dropped.
 
-A SHARE lease is one whose items the owner and the holder fill between them, each reading what the other did:
-
-    item        a read           a write
-    open        waits            fills it
-    awaited     waits            OK, dropped: the owner fills it (`await_own`)
-    filled      OK               OK, dropped
-    given up    MISSING          fills it (`give_up`: the owner could not)
-
-A read that waits comes back EXPIRED after `PARK_S`, and may be asked again: so nothing that a peer asks for
-keeps its memory, or a place within the bounds, for longer.
+What a SHARE lease allows is in lease.py. A read that waits comes back EXPIRED after `PARK_S`, and may be asked again: so
+nothing that a peer asks for keeps its memory, or a place within the bounds, for longer.
 """
 
 import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.counters import Counters
 from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus, Span
 from common.transport.memory import copy_with_checksum, crc32c_in_turns
 from common.transport.region import PAGE_BYTES, Region
-from services.worker.coverage import Coverage
+from services.worker.lease import Lease, Right
 
 LEASES_MAX = 8192
 PARK_S = 0.5  # less than a connection takes to think that its peer hangs (common/transport/connection.py SETTLE_S)
-
-
-class Right(Enum):
-    READ = "read"
-    WRITE = "write"
-    SHARE = "share"
-
-
-class Lease:
-    """Item i is `slots[i]`, its first `lengths[i]` bytes. Made by `Stage.grant`."""
-
-    def __init__(
-        self, token: LeaseToken, right: Right, slots: Sequence[int], lengths: Sequence[int], expires_at_s: float
-    ) -> None:
-        self.token, self.right, self.expires_at_s = token, right, expires_at_s
-        self.slots, self.lengths = tuple(slots), tuple(lengths)
-        self.live = True
-        self.coverage = [Coverage() for _ in slots]
-        self.awaited: set[int] = set()
-        self.given_up: set[int] = set()
-        self._changed = [asyncio.Event() for _ in slots]  # set once: filled, or the lease ended
-
-    def is_filled(self, item: int) -> bool:
-        return self.coverage[item].contains(0, self.lengths[item])
-
-    @property
-    def filled_count(self) -> int:
-        return sum(map(self.is_filled, range(len(self.slots))))
-
-    async def filled(self, item: int) -> None:
-        """Returns when the item is filled. Raises `LeaseRejected` when the lease ends before."""
-        await self._changed[item].wait()
-        if not self.is_filled(item):
-            raise LeaseRejected(f"lease ended before item {item} was filled: {self.coverage[item]} of {self.lengths[item]} bytes")
-
-    def wake(self, item: int) -> None:
-        self._changed[item].set()
-
-    async def readable(self, part: Part, until: float) -> PartStatus:
-        """OK when the part can be read; EXPIRED when it can't by `until` (of the event loop's clock)."""
-        if self.right is Right.READ or self.coverage[part.item].contains(part.offset, part.offset + part.length):
-            return PartStatus.OK
-        try:
-            async with asyncio.timeout_at(until):
-                await self._changed[part.item].wait()
-        except TimeoutError:
-            return PartStatus.EXPIRED
-        if not self.live:
-            return PartStatus.REJECTED
-        return PartStatus.OK if self.is_filled(part.item) else PartStatus.MISSING
-
-    def check_integrity(self) -> None:
-        assert not self.awaited & self.given_up, self
-        assert not any(self.is_filled(item) for item in self.awaited), self
-
-    def __repr__(self) -> str:
-        return f"Lease({self.right.value}, slots={self.slots}, filled={self.filled_count}, live={self.live})"
 
 
 class _Write:

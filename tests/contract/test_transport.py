@@ -27,7 +27,8 @@ from common.transport.pool import TransportPool
 from common.transport.reception import Limits
 from common.transport.region import Region
 from common.transport.server import serve_bytes
-from services.worker.stage import Right, Stage
+from services.worker.lease import Right
+from services.worker.stage import Stage
 from tests.contract.wire import GatedArea, Proxy, Served, other_process, serve, until
 
 OK, CORRUPT, REJECTED, FULL, FAILED, EXPIRED = (
@@ -534,7 +535,8 @@ async def test_a_restarted_server_is_a_clean_failure_and_then_works(
 SERVER_PROCESS = """
 import asyncio, sys
 from tests.contract.wire import serve
-from services.worker.stage import Right, Stage
+from services.worker.lease import Right
+from services.worker.stage import Stage
 async def main():
     stage = Stage(8, 1 << 18)
     served = await serve(stage, sys.argv[1])

@@ -6,7 +6,8 @@ Every source, every split point around block borders, every mixture, in every or
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ import pytest
 from common.errors import Cancelled, Overloaded
 from common.routes import Leg, Order, Plan, Source, plan_of
 from common.transport.interface import Endpoint, Part, PartStatus
+from services.decode import prefill_client
+from services.kvstore.area import StoreArea
+from services.worker import links, loading
+from services.worker.ledger import Ledger
 from services.worker.requests import RequestStep
 from tests.families import VOCAB_SIZE
 from tests.integration.oracle import greedy
@@ -107,12 +112,36 @@ async def test_direct_loads_on_decode_and_touches_no_prefill(pair: Pair, directo
     assert pair.prefill.stage.counters.write.bytes == pair.prefill.reader.link.bytes_per_s == 0
 
 
-async def test_what_loads_meet_with_compute_is_never_made_twice(pair: Pair, directory: Path) -> None:
+@contextmanager
+def storage_waits(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> Iterator[None]:
+    """After its first read, storage answers only when `owner.method` was called: so compute has begun before all is loaded."""
+    loop, begun, reads = asyncio.get_running_loop(), asyncio.Event(), itertools.count()
+    read, inner = StoreArea.read, getattr(owner, method)
+
+    async def waiting(self: StoreArea, *rest: Any) -> Any:
+        if next(reads):
+            await begun.wait()
+        return await read(self, *rest)
+
+    def beginning(*rest: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        return inner(*rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreArea, "read", waiting)
+        patched.setattr(owner, method, beginning)
+        yield
+
+
+async def test_what_loads_meet_with_compute_is_never_made_twice(
+    pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = prompt_of(500)
     await pair.keep(prompt)
     size = pair.model.layout.bytes_per_block
     for route in (legs((0, 31, DECODE)), legs((0, 31, PREFILL)), legs((0, 10, PREFILL), (10, 31, DECODE))):
-        answer = await pair.ask(prompt, route, Order.MEET)
+        with storage_waits(monkeypatch, Ledger, "computed"):
+            answer = await pair.ask(prompt, route, Order.MEET)
         check(directory, prompt, answer)
         report = answer.report
         assert report is not None and report.plan.endswith("+meet") and not report.fallback
@@ -124,7 +153,9 @@ async def test_what_loads_meet_with_compute_is_never_made_twice(pair: Pair, dire
         assert 0 < loaded < 31, "one end made it all, so they never met"
 
 
-async def test_decode_alone_computes_from_the_front_while_it_loads_from_the_end(pair: Pair, directory: Path) -> None:
+async def test_decode_alone_computes_from_the_front_while_it_loads_from_the_end(
+    pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = pair.model.layout.bytes_per_block
     for length in (96, 97, 103, 112, 500):
         prompt = prompt_of(length)
@@ -139,7 +170,10 @@ async def test_decode_alone_computes_from_the_front_while_it_loads_from_the_end(
             assert report.plan is (Plan.DIRECT_MEET if loaded else Plan.RECOMPUTE)
             assert report.storage_to_decode.bytes == report.host_to_device.bytes == loaded * size
             assert report.cached_tokens + report.computed_tokens == length
-    assert 0 < loaded < 31, "one end made it all, so they never met"
+    with storage_waits(monkeypatch, Ledger, "computed"):
+        answer = await pair.ask(prompt, legs((0, 31, DECODE)), Order.MEET, prefill="")
+    check(directory, prompt, answer)
+    assert answer.report is not None and 0 < answer.report.cached_tokens < 31 * pair.block_tokens
 
 
 @pytest.mark.parametrize("status", [PartStatus.CORRUPT, PartStatus.FAILED], ids=lambda s: s.name.lower())
@@ -319,6 +353,44 @@ async def test_prefill_that_breaks_in_the_middle_of_a_step(pair: Pair, directory
         answer = await pair.ask(prompt, ROUTES[name])
         check(directory, prompt, answer)
         assert answer.report is not None and "out of luck" in answer.report.fallback
+
+
+async def test_prefill_that_falls_silent(pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection stands and nothing comes: a process that is stopped, or an engine that is stuck."""
+    prompt = prompt_of(LENGTH)
+    await pair.keep(prompt)
+    monkeypatch.setattr(prefill_client, "SILENCE_S", 0.3)
+    monkeypatch.setattr(pair.runner.engine, "add", lambda new: None)
+    for name in ROUTES:
+        answer = await pair.ask(prompt, ROUTES[name])
+        check(directory, prompt, answer)
+        assert answer.report is not None and "has said nothing" in answer.report.fallback
+        assert answer.report.cached_tokens == 96
+
+
+@pytest.mark.parametrize("order", Order)
+async def test_a_kvstore_that_stops_in_the_middle(
+    order: Order, pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers for some blocks and never for the others; nobody waits for it until the request's deadline."""
+    prompt = prompt_of(LENGTH)
+    await pair.keep(prompt)
+    monkeypatch.setattr(links, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(links, "PATIENCE_FACTOR", 0.0)
+    monkeypatch.setattr(loading, "BLOCKS_PER_READ", 2)
+    answered = StoreArea.read
+
+    async def stops(self: StoreArea, token: Any, parts: Sequence[Part], into: Any) -> Any:
+        if any(part.item in (2, 5) for part in parts):
+            await stopped.wait()
+        return await answered(self, token, parts, into)
+
+    for name in ROUTES:
+        stopped = asyncio.Event()
+        monkeypatch.setattr(StoreArea, "read", stops)
+        answer = await pair.ask(prompt, ROUTES[name], order)
+        stopped.set()
+        check(directory, prompt, answer)
 
 
 async def test_a_kvstore_that_is_gone(pair: Pair, directory: Path) -> None:

@@ -44,6 +44,10 @@ def test_a_prefix_ends_at_the_first_missing_block() -> None:
     assert index.prefix([b"x" * 32, *keys]).tolist() == []
 
 
+def test_nothing_is_found_in_an_index_that_holds_nothing_yet() -> None:
+    assert Index(NewcomersFirst(), itertools.count(1)).prefix(chain(3)).tolist() == []
+
+
 def test_stored_keys_that_are_no_chain_are_not_a_prefix() -> None:
     first, second = chain(2, "first"), chain(2, "second")
     index = index_of(second, into=index_of(first), first_slot=10)

@@ -29,7 +29,15 @@ def test_chunks_cost_what_their_whole_costs(start: int, first: int, second: int,
 
 
 def test_the_quota_is_what_was_measured_to_take_so_long() -> None:
-    quota = Quota(1e12, tokens_max=64)
+    quota = Quota(float("inf"), tokens_max=64)
     assert quota.equivalents == 64
     quota.measured([(0, 100), (50, 150)], 0.1)
-    assert quota.speed.tokens_per_s == 2000 and abs(quota.equivalents - 2000 * QUOTA_S) < 1e-3
+    assert abs(quota.speed.tokens_per_s - 2000) < 1e-6 and abs(quota.equivalents - 2000 * QUOTA_S) < 1e-6
+
+
+def test_what_a_step_takes_whatever_it_computes_is_not_the_tokens() -> None:
+    quota = Quota(float("inf"), tokens_max=64)
+    for tokens in (50, 100, 150, 200):
+        quota.measured([(0, tokens)], 0.1 + tokens / 1000)
+    assert abs(quota.speed.step_s - 0.1) < 1e-6
+    assert abs(quota.equivalents - (QUOTA_S - 0.1) * 1000) < 1e-3

@@ -13,7 +13,8 @@ from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.memory import crc32c
 from services.worker.coverage import Coverage
-from services.worker.stage import Lease, Right, Stage
+from services.worker.lease import Lease, Right
+from services.worker.stage import Stage
 
 SLOT = 5000  # not a multiple of a page
 OK, REJECTED, FULL = PartStatus.OK, PartStatus.REJECTED, PartStatus.FULL
