@@ -79,16 +79,24 @@ class _NobodyLeft(Exception):
 
 
 class _Gate:
-    """Waits for the prefixes of a step's pieces, and announces what was computed (layerwise.Gate)."""
+    """Waits for the prefixes of a step's pieces, and announces what was computed (layerwise.Gate).
+
+    Attributes:
+        waited_s: for layers that had not come yet: it says nothing of how fast this engine computes.
+        passed: the last layer was computed.
+    """
 
     def __init__(self, pieces: Items[Piece], layers: int, announce: Announce) -> None:
         self._pieces = pieces
         self._layers = layers
         self._announce = announce
         self._wait_s = LATE_S if len(pieces) > 1 else LATE_ALONE_S
+        self.waited_s = 0.0
+        self.passed = False
 
     def before(self, layer: int) -> None:
-        deadline = time.monotonic() + self._wait_s
+        began = time.monotonic()
+        deadline = began + self._wait_s
         for piece in self._pieces:
             if piece.broken:
                 continue
@@ -96,10 +104,12 @@ class _Gate:
             piece.broken = outcome is not Wait.READY
             if outcome is Wait.LATE:
                 piece.run.layers_wanted = self._layers
+        self.waited_s += time.monotonic() - began
         if all(piece.broken for piece in self._pieces):
             raise _NobodyLeft
 
     def after(self, layer: int) -> None:
+        self.passed = layer == self._layers - 1
         self._announce(layer, [(piece.run.sequence.id, piece.blocks) for piece in self._pieces if not piece.broken])
 
 
@@ -192,9 +202,12 @@ class PrefillEngine:
         self.blocked, self._running = not pieces, len(pieces)
         steps: list[SequenceStep] = []
         if pieces:
+            gate = _Gate(pieces, self.model.layout.layers, self.announce)
             started = time.perf_counter()
-            outcome = self._run(pieces)
-            self._quota.measured([(piece.chunk.start, piece.chunk.end) for piece in pieces], time.perf_counter() - started)
+            outcome = self._run(pieces, gate)
+            if gate.passed:
+                computing_s = time.perf_counter() - started - gate.waited_s
+                self._quota.measured([(piece.chunk.start, piece.chunk.end) for piece in pieces], computing_s)
             steps = [step for piece in pieces if (step := self._advance(piece, outcome.get(piece.chunk.sequence.id)))]
         ended, self._ended = self._ended, []
         return StepResult((*steps, *ended), self.load)
@@ -236,9 +249,9 @@ class PrefillEngine:
         taken = range(blocks.start, blocks.start + count)
         return Piece(run, Chunk(run.sequence, start, min(taken.stop * step, length)), taken)
 
-    def _run(self, pieces: list[Piece]) -> dict[str, Sampled]:
+    def _run(self, pieces: list[Piece], gate: _Gate) -> dict[str, Sampled]:
         try:
-            with self._layerwise.through(_Gate(pieces, self.model.layout.layers, self.announce)):
+            with self._layerwise.through(gate):
                 return self._forward.run([piece.chunk for piece in pieces])
         except _NobodyLeft:
             return {}
