@@ -79,7 +79,11 @@ class _NobodyLeft(Exception):
 
 
 class _Gate:
-    """Waits for the prefixes of a step's pieces, and announces what was computed (layerwise.Gate)."""
+    """Waits for the prefixes of a step's pieces, and announces what was computed (layerwise.Gate).
+
+    Attributes:
+        waited_s: for layers that had not come yet: it says nothing of how fast this engine computes.
+    """
 
     def __init__(self, pieces: Items[Piece], layers: int, announce: Announce) -> None:
         self._pieces = pieces

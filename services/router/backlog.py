@@ -31,6 +31,7 @@ class Backlog:
     def __init__(self) -> None:
         self.per_s = 0.0  # measured; 0: not known
         self.used_at = 0.0  # of the last pour
+        self.moved = 0.0  # by requests that are done
         self._level = 0.0
         self._at = 0.0
         self._reported_at = 0.0
@@ -63,6 +64,7 @@ class Backlog:
 
     def take_out(self, pour: Pour) -> None:
         """A pour is done. At a known rate the level has drained already."""
+        self.moved += pour.amount
         if self.per_s:
             return
         if pour.at > self._reported_at or pour in self._pours:  # the latter: on top of a report that can't tell of it

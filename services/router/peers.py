@@ -115,7 +115,7 @@ class Peer:
         """What the views of both roles share. `routed_at`: when the router last routed bytes over any link."""
 
         def link(backlog: Backlog) -> Link:
-            return Link(backlog.per_s, backlog.left(now), max(0.0, routed_at - backlog.used_at))
+            return Link(backlog.per_s, backlog.left(now), max(0.0, routed_at - backlog.used_at), backlog.moved)
 
         return {
             "address": self.address,

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from common.routes import Plan
+from services.router.policy.plans import PLANS
 from services.router.policy.settings import PolicySettings, Scheduler
 
 
@@ -39,7 +40,7 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     lease_s: Annotated[float, Meta(ge=1, le=3600, description="life of a lookup's lease between renewals")] = 30.0
     plans: Annotated[
         tuple[Plan, ...], Meta(description="plans that requests may take (docs/dualpath.md); recompute always may be")
-    ] = (Plan.DIRECT, Plan.STORAGE_TO_PREFILL, Plan.RECOMPUTE)
+    ] = PLANS
     layerwise: Annotated[
         bool, Meta(description="load, compute and hand over layer by layer; --no-layerwise: one after the other, for comparisons")
     ] = True

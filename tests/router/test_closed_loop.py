@@ -5,12 +5,11 @@ from statistics import median
 import pytest
 
 from common.routes import Plan
-from services.router.policy.plans import CARRIED_OUT
 from services.router.policy.settings import PolicySettings, Scheduler
 from tests.router.closed_loop import run
 
 BASIC = PolicySettings(plans=(Plan.STORAGE_TO_PREFILL,), layerwise=False, scheduler=Scheduler.ROUND_ROBIN)
-FULL = PolicySettings(plans=CARRIED_OUT)
+FULL = PolicySettings()
 IMBALANCE_MAX = 1.18  # the paper's
 
 

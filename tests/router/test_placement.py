@@ -236,6 +236,8 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
         return
     for estimate in decision.candidates:
         check_legs(query, estimate.decode, estimate.legs, SHAPES[estimate.plan].loads)
+        if not estimate.prefill and estimate.legs:
+            assert [leg.first_block for leg in estimate.legs] == [0, *(leg.last_block for leg in estimate.legs[:-1])], "no gaps"
         covered = sum(leg.blocks for leg in estimate.legs)
         least = query.prompt_tokens - covered * BLOCK_TOKENS
         assert 1 <= estimate.computed_tokens <= query.prompt_tokens and least <= estimate.computed_tokens

@@ -46,6 +46,15 @@ def test_an_unmeasured_rate_is_what_the_others_measured_or_else_the_prior() -> N
     assert rates_of(view(*others)).storage(unknown, False).per_s == 4e6
 
 
+def test_a_low_rate_counts_for_what_was_moved_at_it() -> None:
+    quick = (prefill("p0", **measured(storage=1e9)), prefill("p1", **measured(storage=1e9)))
+    for moved, least, most in ((1e6, 80e6, 90e6), (8e6, 19e6, 21e6), (1e9, 10e6, 10.1e6), (math.inf, 10e6, 10e6)):
+        worker = decode("d0", storage=Link(10e6, 0, 0, moved))
+        assert least <= rates_of(view(worker, *quick)).storage(worker, False).per_s <= most
+    good = decode("d0", storage=Link(5e9, 0, 0, 1e3))
+    assert rates_of(view(good, *quick)).storage(good, False).per_s == 5e9
+
+
 def test_a_stale_rate_is_doubled_by_the_bold_only_and_never_beyond_what_others_have() -> None:
     quick = (prefill("p0", **measured(storage=1e9)), prefill("p1", **measured(storage=1e9)))
     for idle_s, per_s, bold_per_s in ((0.0, 1e6, 1e6), (STALE_S + 1e-6, 1e6, 2e6), (3 * STALE_S, 1e6, 8e6), (1e9, 1e6, 1e9)):

@@ -218,6 +218,8 @@ def _legs(shape: Shape, division: Division) -> tuple[Leg, ...]:
     legs = [Leg(0, division.resident, Source.RESIDENT)] if division.resident else []
     first = division.resident + division.computed
     margin = min(division.computed, math.ceil(MARGIN * sum(division.loaded)))
+    if "decode" in shape.computers:  # it loads what is covered from the prompt's start on
+        margin = division.computed
     for source, blocks in zip(shape.loads, division.loaded, strict=True):
         if blocks:
             legs.append(Leg(first - margin, first + blocks, source))

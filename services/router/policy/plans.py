@@ -33,5 +33,4 @@ SHAPES = {
     Plan.RECOMPUTE: Shape((), False, ("decode", "prefill")),
 }
 PLANS = tuple(SHAPES)
-CARRIED_OUT = tuple(plan for plan in PLANS if plan is not Plan.DIRECT_MEET)  # decode's engine computes what comes after a load
 PLACE = {plan: place for place, plan in enumerate(PLANS)}  # the last resort among equals

@@ -1,14 +1,17 @@
 """Rates to reckon with: measured ones, what others measured, or a guess that gets itself measured.
 
 A rate that a worker has not measured is taken from those that have measured theirs (the median), else
-from the priors below. A link that was passed over for `STALE_S` may have become quicker since: a bold plan, in
-which compute goes on beside a load that turns out late, reckons with twice its rate, and twice as much again
-for every further `STALE_S`, so that no bad measurement shuts a link for ever.
+from the priors below; a low rate that was measured over a few blocks only is mixed with these. A link that was
+passed over for `STALE_S` may have become quicker since: a bold plan, in which compute goes on beside a load that
+turns out late, reckons with twice its rate, and twice as much again for every further `STALE_S`, so that no bad
+measurement shuts a link for ever.
 
-Both are *guesses*. The first request that bets on one brings the measurement that replaces it. Those that come
-meanwhile (`Pipe.busy_guess`) reckon with loads that take twice the time, and let compute go on beside the load.
+An unmeasured rate and a stale one are *guesses*. The first request that bets on one brings the measurement that
+replaces it. Those that come meanwhile (`Pipe.busy_guess`) reckon with loads that take twice the time, and let
+compute go on beside them.
 """
 
+import math
 from collections.abc import Iterable
 from statistics import median
 
@@ -19,6 +22,7 @@ from services.router.policy.view import ClusterView, Link, WorkerView
 PRIOR_STORAGE_BYTES_PER_S = 1e9  # one NVMe read through a good reader gives 1 to 6 (docs/benchmarks.md)
 PRIOR_PEER_BYTES_PER_S = 2e9  # a plain socket on one host
 PRIOR_TOKENS_PER_S = 2000.0  # a small model on a few cores; GPUs are measured soon enough
+EVIDENCE_BYTES = 8e6  # a few blocks: the first ones pay for connections and cold caches
 STALE_S = 60.0
 _DOUBLINGS_MAX = 64.0  # more is beyond every prior
 
@@ -91,12 +95,20 @@ def _middle(measured: Iterable[float], prior: float) -> float:
 
 
 def _pipe(link: Link, prior: float, bold: bool) -> Pipe:
-    rate = link.bytes_per_s or prior
+    rate = _trusted(link, prior) if link.bytes_per_s else prior
     stale = bold and rate < prior and link.idle_s > STALE_S
     guess = stale or not link.bytes_per_s
     if stale:
         rate = min(prior, rate * 2.0 ** min(link.idle_s / STALE_S, _DOUBLINGS_MAX))
     return Pipe(link.queue_bytes / rate, rate, guess, guess and link.queue_bytes > 0)
+
+
+def _trusted(link: Link, prior: float) -> float:
+    """A low rate counts for as much as was moved at it: as if `EVIDENCE_BYTES` had been moved at the prior before."""
+    if link.bytes_per_s >= prior or link.moved_bytes == math.inf:
+        return link.bytes_per_s
+    moved = EVIDENCE_BYTES + link.moved_bytes
+    return moved / (EVIDENCE_BYTES / prior + link.moved_bytes / link.bytes_per_s)
 
 
 def _between(ours: Link, theirs: Link, prior: float, bold: bool) -> Pipe:

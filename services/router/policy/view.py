@@ -1,5 +1,7 @@
 """What the policy sees: one moment of the cluster, and what it needs to know of a request."""
 
+import math
+
 import msgspec
 
 from common.routes import Plan
@@ -12,11 +14,13 @@ class Link(msgspec.Struct, frozen=True):
         bytes_per_s: EWMA of what was measured; 0: never measured.
         queue_bytes: asked for and not there yet, what was just sent there included.
         idle_s: since this router last routed bytes over it, while it routed bytes over others.
+        moved_bytes: over it so far, as this router knows: what the measurement rests on.
     """
 
     bytes_per_s: float = 0.0
     queue_bytes: float = 0.0
     idle_s: float = 0.0
+    moved_bytes: float = math.inf
 
 
 LINKS = ("storage", "peer_read", "peer_write")  # fields of a WorkerView

@@ -5,11 +5,15 @@ whatever sizes came last. So a line is fitted, by least squares over the last st
 
     seconds = step_s + tokens / tokens_per_s
 
+The fixed part is no longer than the shortest step: one that the machine held up bends the line, and says nothing of it.
 While all steps are about alike there is no line to see: the fixed part stays what it was, and the rest is the tokens'.
 """
 
+import math
+
 DECAY = 0.95  # of a step's weight with every later one: about the last twenty count
 SPREAD_MIN = 0.1  # standard deviation over mean of the tokens, below which steps are alike
+FORGET = 1.02  # the shortest step of late grows by so much with every later one
 GAIN_MAX = 8.0  # tokens are at most so much quicker than tokens over seconds says: a bad fit is bounded
 
 
@@ -24,6 +28,7 @@ class Speed:
     def __init__(self) -> None:
         self.tokens_per_s = 0.0
         self.step_s = 0.0
+        self._shortest_s = math.inf  # of late
         self._weight = 0.0
         self._tokens = self._seconds = 0.0  # weighted means
         self._tokens_variance = self._covariance = 0.0  # weighted, not divided by the weight
@@ -34,6 +39,7 @@ class Speed:
     def measured(self, tokens: float, seconds: float) -> None:
         """A step computed so many tokens in so long."""
         assert tokens > 0
+        self._shortest_s = min(self._shortest_s * FORGET, max(seconds, 1e-6))
         self._weight = self._weight * DECAY + 1.0
         from_tokens, from_seconds = tokens - self._tokens, max(seconds, 1e-6) - self._seconds
         self._tokens += from_tokens / self._weight
@@ -45,9 +51,8 @@ class Speed:
     def _fit(self) -> None:
         variance, mean_s = self._tokens_variance / self._weight, self._seconds / self._tokens
         if variance >= (SPREAD_MIN * self._tokens) ** 2:
-            per_token_s = self._covariance / self._tokens_variance
-        else:
-            per_token_s = (self._seconds - self.step_s) / self._tokens
-        per_token_s = min(mean_s, max(mean_s / GAIN_MAX, per_token_s))
+            self.step_s = self._seconds - self._covariance / self._tokens_variance * self._tokens
+        self.step_s = max(0.0, min(self.step_s, self._shortest_s))
+        per_token_s = max(mean_s / GAIN_MAX, (self._seconds - self.step_s) / self._tokens)
         self.tokens_per_s = 1.0 / per_token_s
         self.step_s = max(0.0, self._seconds - per_token_s * self._tokens)

@@ -52,3 +52,10 @@ def test_whatever_was_measured_the_fit_is_bounded(steps: list[tuple[int, float]]
         speed.measured(tokens, seconds)
         mean = speed._tokens / speed._seconds
         assert mean * 0.999 <= speed.tokens_per_s <= GAIN_MAX * mean * 1.001 and speed.step_s >= 0
+
+
+def test_a_step_that_was_held_up_does_not_become_the_fixed_part() -> None:
+    speed = Speed()
+    for size, seconds in ((16, 0.9), (800, 0.16), (64, 0.018), (500, 0.1)):
+        speed.measured(size, seconds)
+    assert speed.step_s <= 0.018 * 1.02
