@@ -127,7 +127,7 @@ class Index:
             self._policy.offer(slot)
 
     def insert_all(self, slots: Slots, entries: Entries, tenants: Numbers | int = 0) -> None:
-        """At start: `insert` of many blocks, all different, into an empty index, coldest first."""
+        """At start: `insert` of many blocks, all different, into an empty index."""
         assert not len(self)
         self._table.put_all(slots, entries["key"])
         self._held.array[slots] = True
@@ -137,7 +137,9 @@ class Index:
         self._expires_s.array[slots] = entries["expires_s"]
         self.next_expiry_s = 0 if entries["expires_s"].any() else math.inf
         self._forest.hang_all(slots, self._table.find_all(entries["parent"]), entries["parent"])
-        self._policy.restore(slots, entries["tick"], entries["flags"] & PROVEN != 0, self._forest.leaves(slots))
+        order = np.argsort(entries["tick"], kind="stable")
+        proven = entries["flags"][order] & PROVEN != 0
+        self._policy.restore(slots[order], entries["tick"][order], proven, self._forest.leaves(slots[order]))
 
     def entries(self, slots: Slots) -> Entries:
         """What `insert_all` needs to have these blocks again; `slot` and `tenant` are left to the caller."""

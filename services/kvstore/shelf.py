@@ -193,12 +193,11 @@ class Shelf:
         states = np.frombuffer(self._state, np.uint8)
         assert (states[slots] == SlotState.RETIRED).all()
         states[slots] = SlotState.STORED
-        order = np.lexsort((entries["sequence"], entries["tick"]))
         numbers = self.tenants.numbers(entries["tenant"])
         for number, blocks in enumerate(np.bincount(numbers).tolist()):
             if blocks:
                 self.tenants.charge(number, blocks * self.geometry.slot_bytes)
-        self.index.insert_all(slots[order], entries[order], numbers[order])
+        self.index.insert_all(slots, entries, numbers)
         for segment, rows in found:
             if not segment.writable:
                 for slot in rows["slot"].tolist():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.storage import Admission, Terms
@@ -203,6 +204,15 @@ async def test_what_goes_for_other_reasons_is_no_longer_charged(tmp_path: Path) 
         reserved = await one.store.reserve(NAMESPACE, [], None, ALICE)
         assert reserved.token is None
         assert [tenants.used_bytes(one_) for one_ in (hers, his)] == [CAPACITY // 2 * SLOT_BYTES, 0]
+
+
+def test_many_digests_get_their_numbers_also_when_they_begin_alike() -> None:
+    tenants = Tenants(0)
+    digests = [digest(b"a"), bytes(16), b"same....one.....", b"same....another.", digest(b"a")]
+    numbers = tenants.numbers(np.array(digests, "V16"))
+    assert numbers.tolist() == [tenants.number(one) for one in digests]
+    assert [one.tobytes() for one in tenants.digests(numbers)] == digests
+    assert tenants.numbers(np.zeros(3, "V16")).tolist() == [NOBODY] * 3
 
 
 def test_numbers_of_tenants_are_bounded_and_given_out_again() -> None:
