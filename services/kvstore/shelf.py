@@ -172,6 +172,7 @@ class Shelf:
         """Condemns the block that may best go; its slot, or None when none may."""
         slot = self.index.evict()
         if slot is not None:
+            self._refund(slot)
             self._move(slot, SlotState.STORED, SlotState.ERASING)
         return slot
 

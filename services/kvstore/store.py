@@ -39,6 +39,7 @@ from services.kvstore.intake import Intake
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
 from services.kvstore.options import StoreOptions
+from services.kvstore.pins import Pins
 from services.kvstore.record import PAYLOAD_BYTES_MAX
 from services.kvstore.reuse import ReuseSample
 from services.kvstore.scan import WINDOW, scan
@@ -102,6 +103,7 @@ class Store:
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
         self.tenants = Tenants(options.tenant_quota_bytes)
+        self.pins = Pins(clock, lambda: self.space.budget_bytes)
         self.reuse = ReuseSample()
         self.space = Space(
             self._files,
@@ -201,6 +203,17 @@ class Store:
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Found(len(slots), token, granted_s)
+
+    def pin(self, namespace: Namespace, keys: Sequence[bytes], for_s: float) -> int:
+        """Keeps the stored prefix of a chain for a time, 0 to keep it no longer; its blocks. Raises `Overloaded`."""
+        shelf = self.space.shelves.get(namespace)
+        slots = shelf.index.prefix(keys) if shelf is not None else NO_SLOTS
+        if shelf is None or not len(slots):
+            return 0
+        if not for_s:
+            return self.pins.unpin(namespace, keys[len(slots) - 1])
+        self.pins.pin(shelf, keys, slots, for_s)
+        return len(slots)
 
     def condemn(self, shelf: Shelf, slot: int, sequence: int, reason: str) -> None:
         """A block's bytes can't be had, or are wrong: from now on it is a miss."""
@@ -302,6 +315,7 @@ class Store:
         for lease in self.leases.expired():
             self.metrics.expired_leases += 1
             self._end(lease)
+        self.pins.sweep()
         self._expire()
         self.space.forget_empty()
         self.checkpoints.save_quiet()
@@ -373,6 +387,9 @@ class Store:
         if flying != self.intake.reserved_bytes:
             problems.append(f"{flying} bytes are in flight, {self.intake.reserved_bytes} are accounted for")
         problems += self.space.check_integrity()
+        held = sum((len(shelf.index) + len(shelf.in_flight)) * shelf.geometry.slot_bytes for shelf in self.space.shelves.values())
+        if held != self.tenants.total_bytes:
+            problems.append(f"{held} bytes are stored or in flight, tenants are charged {self.tenants.total_bytes}")
         if self.writer.open_writes > WINDOW:
             problems.append(f"{self.writer.open_writes} writes are open: at most {WINDOW}")
         return problems

@@ -61,6 +61,11 @@ class Tenants:
     def used_bytes(self, number: int) -> int:
         return self._used_bytes[number]
 
+    @property
+    def total_bytes(self) -> int:
+        """What all have, nobody included."""
+        return sum(self._used_bytes.values())
+
     def charge(self, number: int, length: int) -> None:
         """The tenant has this much more (or, negative, less)."""
         self._used_bytes[number] += length
