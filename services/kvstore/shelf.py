@@ -213,7 +213,7 @@ class Shelf:
             return None
         out = self.index.entries((within + slots.start).astype(np.int32))
         out["slot"] = within
-        out["tenant"] = self.tenants.digests(self.index.tenants((within + slots.start).astype(np.int32)))
+        out["tenant"] = self.tenants.digests(self.index.terms.tenants((within + slots.start).astype(np.int32)))
         return out
 
     def lose(self, slots: range) -> int:
@@ -248,7 +248,7 @@ class Shelf:
         self._vacate(slot, SlotState.STORED)
 
     def _refund(self, slot: int) -> None:
-        self.tenants.charge(self.index.tenant(slot), -self.geometry.slot_bytes)
+        self.tenants.charge(self.index.terms.tenant(slot), -self.geometry.slot_bytes)
 
     def _vacate(self, slot: int, old: SlotState, *, usable: bool = True) -> None:
         """Nothing of use is in the slot any more: FREE where it can be written, else RETIRED."""

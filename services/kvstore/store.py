@@ -189,7 +189,7 @@ class Store:
         """The longest stored prefix of a chain, leased if asked for. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         shelf = self.space.shelves.get(namespace)
-        slots = shelf.index.unexpired(shelf.index.prefix(keys), self.time_s()) if shelf is not None else NO_SLOTS
+        slots = shelf.index.terms.unexpired(shelf.index.prefix(keys), self.time_s()) if shelf is not None else NO_SLOTS
         self.reuse.asked(keys)
         self.metrics.lookups += 1
         self.metrics.lookup_blocks += len(keys)
