@@ -2,7 +2,7 @@
 
 A slot number is `segment * slots_per_segment + slot in the segment`. Per stored block: the key, the
 checksum and the sequence of its bytes, its links to other blocks (`Forest`), pins, and what the
-eviction policy knows of it: about 100 bytes, in arrays, whatever is stored (docs/benchmarks.md).
+eviction policy knows of it: about 108 bytes, in arrays, whatever is stored (docs/benchmarks.md).
 
 Invariants (`check_integrity`):
 - Only a block without stored children and without pins is evicted, so every chain that was
