@@ -256,6 +256,22 @@ class BlockInfo(_message.Message):
     pinned: bool
     def __init__(self, namespace: _Optional[str] = ..., key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., sequence: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload_crc32c: _Optional[int] = ..., path: _Optional[str] = ..., slot: _Optional[int] = ..., offset: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
 
+class PinRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "for_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FOR_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    for_s: int
+    def __init__(self, namespace: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., for_s: _Optional[int] = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
 class EvictRequest(_message.Message):
     __slots__ = ("namespace", "keys", "coldest", "whole")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]

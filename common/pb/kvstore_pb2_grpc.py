@@ -297,6 +297,11 @@ class AdminStub:
                 request_serializer=kvstore__pb2.EvictRequest.SerializeToString,
                 response_deserializer=kvstore__pb2.EvictReply.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/penstock.kvstore.v1.Admin/Pin',
+                request_serializer=kvstore__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvstore__pb2.PinReply.FromString,
+                _registered_method=True)
         self.Scrub = channel.unary_unary(
                 '/penstock.kvstore.v1.Admin/Scrub',
                 request_serializer=kvstore__pb2.ScrubRequest.SerializeToString,
@@ -328,6 +333,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keeps the stored prefix of a chain from eviction for a time. Not over a restart.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Scrub(self, request, context):
         """Starts or stops a pass of the background scrub, or only reports.
         """
@@ -352,6 +364,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=kvstore__pb2.EvictRequest.FromString,
                     response_serializer=kvstore__pb2.EvictReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvstore__pb2.PinRequest.FromString,
+                    response_serializer=kvstore__pb2.PinReply.SerializeToString,
             ),
             'Scrub': grpc.unary_unary_rpc_method_handler(
                     servicer.Scrub,
@@ -441,6 +458,33 @@ class Admin:
             '/penstock.kvstore.v1.Admin/Evict',
             kvstore__pb2.EvictRequest.SerializeToString,
             kvstore__pb2.EvictReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kvstore.v1.Admin/Pin',
+            kvstore__pb2.PinRequest.SerializeToString,
+            kvstore__pb2.PinReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,7 @@ from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot
 from services.kvstore.removal import BLOCKS_MAX, Removed, remove_coldest, remove_keys, remove_namespace
 from services.kvstore.scrub import Scrub
 from services.kvstore.segment import Segment
-from services.kvstore.service import KvStoreService, namespace_from_pb
+from services.kvstore.service import KEYS_MAX, KvStoreService, namespace_from_pb
 from services.kvstore.shelf import Shelf
 from services.kvstore.store import Store
 
@@ -56,6 +56,16 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
         async with rpc.aborting(context, "Evict"):
             removed = await self._evict(request)
             return pb.EvictReply(evicted=removed.evicted, kept=removed.kept, freed_bytes=removed.freed_bytes)
+        raise AssertionError("unreachable")
+
+    async def Pin(self, request: pb.PinRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PinReply:
+        async with rpc.aborting(context, "Pin"):
+            namespace = namespace_from_pb(request.namespace)
+            if not 1 <= len(request.keys) <= KEYS_MAX:
+                raise InvalidRequest(f"{len(request.keys)} keys: expected 1 to {KEYS_MAX}", param="keys")
+            for key in request.keys:
+                _check_key(key)
+            return pb.PinReply(blocks=self._store.pin(namespace, request.keys, request.for_s))
         raise AssertionError("unreachable")
 
     async def Scrub(self, request: pb.ScrubRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ScrubReply:

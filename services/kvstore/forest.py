@@ -151,6 +151,8 @@ class Forest:
         above = np.full(len(self._parent.array), NONE, np.int32)
         above[slots] = parents
         for _ in range(len(above).bit_length()):
+            if (above == NONE).all():
+                break
             above = np.where(above == NONE, np.int32(NONE), above[above])
         lost: Flags = above[slots] != NONE
         return lost

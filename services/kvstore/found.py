@@ -101,25 +101,29 @@ def drop_duplicates(segments: list[FoundSegment], counts: Counts) -> None:
     """Of the blocks of one namespace with one key only the one that was written last counts."""
     if not segments:
         return
-    entries = np.concatenate([found.entries for found in segments])
-    gone = np.zeros(len(entries), np.bool_)
-    for alike in _alike(entries["key"][:, 0]):
-        latest = {entries["key"][row].tobytes(): row for row in alike[np.argsort(entries["sequence"][alike])].tolist()}
-        gone[alike] = True
-        gone[list(latest.values())] = False
-    counts.duplicates += int(gone.sum())
-    stop = 0
-    for found in segments:
-        start, stop = stop, stop + len(found.entries)
-        found.free = np.append(found.free, found.entries["slot"][gone[start:stop]].astype(np.int32))
-        found.entries = found.entries[~gone[start:stop]]
+    starts = np.cumsum([0, *(len(found.entries) for found in segments)])
+    gone: dict[int, list[int]] = {}  # by position in `segments`: rows
+    for alike in _alike(np.concatenate([found.entries["key"][:, 0] for found in segments])):
+        places = [(at := int(np.searchsorted(starts, row, "right")) - 1, int(row - starts[at])) for row in alike]
+        places.sort(key=lambda place: int(segments[place[0]].entries["sequence"][place[1]]))
+        latest = {segments[at].entries["key"][row].tobytes(): (at, row) for at, row in places}
+        for at, row in set(places) - set(latest.values()):
+            gone.setdefault(at, []).append(row)
+    for at, rows in gone.items():
+        found = segments[at]
+        counts.duplicates += len(rows)
+        found.free = np.append(found.free, found.entries["slot"][rows].astype(np.int32))
+        found.entries = np.delete(found.entries, rows)
 
 
 def _alike(words: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> list[Slots]:
     """Groups of rows whose keys begin alike; nearly always the keys are equal."""
     order: Slots = np.argsort(words).astype(np.int32)
-    groups = np.split(order, np.flatnonzero(np.diff(words[order])) + 1) if len(words) != len(np.unique(words)) else []
-    return [group for group in groups if len(group) > 1]
+    ordered = words[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    first = same[np.diff(same, prepend=-2) > 1]
+    last = same[np.diff(same, append=len(words) + 1) > 1] + 1
+    return [order[start : stop + 1] for start, stop in zip(first, last, strict=True)]
 
 
 def _whole(segment: Segment, slot: int, checksum: int) -> bool:

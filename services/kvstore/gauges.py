@@ -22,6 +22,8 @@ def gauges(store: Store, area: StoreArea) -> dict[str, tuple[str, float]]:
         "reserved_bytes": ("Space reserved and not yet written", store.intake.reserved_bytes),
         "read_buffer_bytes": ("Read buffers in use", area.reads.buffers.taken_bytes),
         "write_buffer_bytes": ("Write buffers in use", area.writes.buffers.taken_bytes),
+        "pins": ("Prefixes that operators keep", len(store.pins)),
+        "pinned_bytes": ("Bytes of the slots that pins keep", store.pins.kept_bytes),
         "index_bytes": ("Memory of the index", sum(shelf.index.nbytes for shelf in store.space.shelves.values())),
         "best_hit_ratio": (
             "Blocks an unlimited store would have found over blocks asked for, since the start; estimated from a sample",

@@ -2,7 +2,7 @@
 
 A slot number is `segment * slots_per_segment + slot in the segment`. Per stored block: the key, the
 checksum and the sequence of its bytes, its links to other blocks (`Forest`), pins, and what the
-eviction policy knows of it: about 100 bytes, in arrays, whatever is stored (docs/benchmarks.md).
+eviction policy knows of it: about 108 bytes, in arrays, whatever is stored (docs/benchmarks.md).
 
 Invariants (`check_integrity`):
 - Only a block without stored children and without pins is evicted, so every chain that was
@@ -10,11 +10,11 @@ Invariants (`check_integrity`):
 - On offer to the policy are exactly the blocks that may be evicted.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from services.kvstore.block_terms import BlockTerms
 from services.kvstore.column import NO_SLOTS, NONE, Column, Numbers, Slots
 from services.kvstore.entries import ENTRY, PROVEN, Entries
 from services.kvstore.eviction import EvictionPolicy
@@ -37,9 +37,7 @@ class Index:
         self._checksums = Column(np.uint32)
         self._sequences = Column(np.uint64)
         self._pins = Column(np.uint32)
-        self._expires_s = Column(np.uint32)  # 0: never
-        self._tenants = Column(np.uint16)
-        self.next_expiry_s: float = math.inf  # nothing expires before
+        self.terms = BlockTerms()
         self._coldest: dict[int, list[tuple[int, int]]] = {}  # tenant -> (slot, last use) of some blocks, the next to go last
         self._held = Column(np.bool_)  # whether the slot holds a block
 
@@ -52,14 +50,14 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Memory held, the policy's included."""
-        columns = (self._checksums, self._sequences, self._pins, self._held, self._expires_s, self._tenants)
+        columns = (self._checksums, self._sequences, self._pins, self._held, self.terms)
         return self._table.nbytes + self._forest.nbytes + self._policy.nbytes + sum(column.nbytes for column in columns)
 
     def grow(self, slots: int) -> None:
         """Slot numbers up to `slots` may be used."""
-        for part in (self._table, self._forest, self._policy):
+        for part in (self._table, self._forest, self._policy, self.terms):
             part.grow(slots)
-        for column in (self._checksums, self._sequences, self._pins, self._held, self._expires_s, self._tenants):
+        for column in (self._checksums, self._sequences, self._pins, self._held):
             column.grow(slots)
 
     def find(self, key: bytes) -> int | None:
@@ -112,8 +110,7 @@ class Index:
         """A block is stored in a slot that was free. Links it, and adopts chain heads that name it."""
         assert self._table.find(key) is None and not self._held.view[slot]
         self._hold(slot, key, checksum, sequence)
-        self._tenants.view[slot] = tenant
-        self._set_expiry(slot, expires_s)
+        self.terms.put(slot, tenant, expires_s)
         parent = self._table.find(parent_key) if parent_key != key else None
         if parent is None:
             self._forest.hang_head(slot, parent_key)
@@ -127,17 +124,17 @@ class Index:
             self._policy.offer(slot)
 
     def insert_all(self, slots: Slots, entries: Entries, tenants: Numbers | int = 0) -> None:
-        """At start: `insert` of many blocks, all different, into an empty index, coldest first."""
+        """At start: `insert` of many blocks, all different, into an empty index."""
         assert not len(self)
         self._table.put_all(slots, entries["key"])
         self._held.array[slots] = True
         self._checksums.array[slots] = entries["checksum"]
         self._sequences.array[slots] = entries["sequence"]
-        self._tenants.array[slots] = tenants
-        self._expires_s.array[slots] = entries["expires_s"]
-        self.next_expiry_s = 0 if entries["expires_s"].any() else math.inf
+        self.terms.put_all(slots, tenants, entries["expires_s"])
         self._forest.hang_all(slots, self._table.find_all(entries["parent"]), entries["parent"])
-        self._policy.restore(slots, entries["tick"], entries["flags"] & PROVEN != 0, self._forest.leaves(slots))
+        order = np.argsort(entries["tick"], kind="stable")
+        proven = entries["flags"][order] & PROVEN != 0
+        self._policy.restore(slots[order], entries["tick"][order], proven, self._forest.leaves(slots[order]))
 
     def entries(self, slots: Slots) -> Entries:
         """What `insert_all` needs to have these blocks again; `slot` and `tenant` are left to the caller."""
@@ -146,7 +143,7 @@ class Index:
         out["checksum"] = self._checksums.array[slots]
         out["sequence"] = self._sequences.array[slots]
         out["tick"] = self._policy.ticks(slots)
-        out["expires_s"] = self._expires_s.array[slots]
+        out["expires_s"] = self.terms.expiries_s(slots)
         out["flags"] = np.where(self._policy.proven(slots), PROVEN, 0)
         parents = self._forest.parents(slots)
         out["parent"] = self._table.keys(np.maximum(parents, 0))
@@ -198,7 +195,7 @@ class Index:
                 del self._coldest[tenant]
                 return None
             slot, tick = coldest.pop()
-            if self._policy.on_offer(slot) and self._policy.tick(slot) == tick and self._tenants.view[slot] == tenant:
+            if self._policy.on_offer(slot) and self._policy.tick(slot) == tick and self.terms.tenant(slot) == tenant:
                 self._evict(slot)
                 return slot
 
@@ -206,40 +203,14 @@ class Index:
         """Whether a lookup has found the block, or one that it hangs on."""
         return bool(self._policy.proven(np.array([slot]))[0])
 
-    def tenant(self, slot: int) -> int:
-        """Whose the block is, or was that was there last."""
-        return self._tenants.view[slot]
-
-    def tenants(self, slots: Slots) -> Numbers:
-        return self._tenants.array[slots]
-
-    def expires_s(self, slot: int) -> int:
-        """When the block expires; 0: never."""
-        return self._expires_s.view[slot]
-
-    def unexpired(self, slots: Slots, now_s: int) -> Slots:
-        """The prefix of a prefix that ends before its first expired block."""
-        if now_s < self.next_expiry_s:
-            return slots
-        expires_s = self._expires_s.array[slots]
-        gone = (expires_s != 0) & (expires_s <= now_s)
-        return slots[: int(gone.argmax())] if gone.any() else slots
-
-    def keep_until(self, slot: int, expires_s: int) -> None:
-        """The block was offered again, to be kept until then (0: for ever): it stays as long as anyone asked for."""
-        held_s = self._expires_s.view[slot]
-        if held_s and (expires_s > held_s or not expires_s):
-            self._set_expiry(slot, expires_s)
-
     def expire(self, now_s: int) -> list[int]:
         """Removes expired blocks on which nothing hangs that isn't expired, and which aren't pinned; their slots.
 
         An expired block that stays is no longer found, and what hangs on it isn't either.
         """
-        if now_s < self.next_expiry_s:
+        if now_s < self.terms.next_expiry_s:
             return []
-        expires_s = self._expires_s.array
-        over = set(np.flatnonzero(self._held.array & (expires_s != 0) & (expires_s <= now_s)).tolist())
+        over = set(self.terms.expired(self._held.array, now_s))
         gone: list[int] = []
         for start in list(over):
             slot: int | None = start
@@ -247,8 +218,7 @@ class Index:
                 over.remove(slot)
                 gone.append(slot)
                 slot = self._evict(slot)
-        left = expires_s[self._held.array & (expires_s != 0)]
-        self.next_expiry_s = float(left.min()) if len(left) else math.inf
+        self.terms.find_next_expiry(self._held.array)
         return gone
 
     def coldest_tick(self) -> int | None:
@@ -274,15 +244,10 @@ class Index:
         return parent
 
     def _find_coldest(self, tenant: int) -> list[tuple[int, int]]:
-        slots = np.flatnonzero(self._policy.all_on_offer() & (self._tenants.array == tenant)).astype(np.int32)
+        slots = np.flatnonzero(self._policy.all_on_offer() & self.terms.of_tenant(tenant)).astype(np.int32)
         ticks = self._policy.ticks(slots)
         order = np.argsort(ticks, kind="stable")[:COLDEST_AT_ONCE][::-1]
         return list(zip(slots[order].tolist(), ticks[order].tolist(), strict=True))
-
-    def _set_expiry(self, slot: int, expires_s: int) -> None:
-        self._expires_s.view[slot] = expires_s
-        if expires_s:
-            self.next_expiry_s = min(self.next_expiry_s, expires_s)
 
     def _hold(self, slot: int, key: bytes, checksum: int, sequence: int) -> None:
         self._table.put(slot, key)

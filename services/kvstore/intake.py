@@ -57,7 +57,7 @@ class Intake:
         stored = shelf.index.find(offer.key)
         if stored is not None:
             self._keep(lease, stored)
-            shelf.index.keep_until(stored, lease.written_s + lease.keep_s)
+            shelf.index.terms.keep_until(stored, lease.written_s + lease.keep_s)
             return Admission.PRESENT, None
         if offer.key in shelf.in_flight:
             return Admission.IN_FLIGHT, None

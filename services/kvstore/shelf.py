@@ -172,6 +172,7 @@ class Shelf:
         """Condemns the block that may best go; its slot, or None when none may."""
         slot = self.index.evict()
         if slot is not None:
+            self._refund(slot)
             self._move(slot, SlotState.STORED, SlotState.ERASING)
         return slot
 
@@ -193,12 +194,11 @@ class Shelf:
         states = np.frombuffer(self._state, np.uint8)
         assert (states[slots] == SlotState.RETIRED).all()
         states[slots] = SlotState.STORED
-        order = np.lexsort((entries["sequence"], entries["tick"]))
         numbers = self.tenants.numbers(entries["tenant"])
         for number, blocks in enumerate(np.bincount(numbers).tolist()):
             if blocks:
                 self.tenants.charge(number, blocks * self.geometry.slot_bytes)
-        self.index.insert_all(slots[order], entries[order], numbers[order])
+        self.index.insert_all(slots, entries, numbers)
         for segment, rows in found:
             if not segment.writable:
                 for slot in rows["slot"].tolist():
@@ -213,7 +213,7 @@ class Shelf:
             return None
         out = self.index.entries((within + slots.start).astype(np.int32))
         out["slot"] = within
-        out["tenant"] = self.tenants.digests(self.index.tenants((within + slots.start).astype(np.int32)))
+        out["tenant"] = self.tenants.digests(self.index.terms.tenants((within + slots.start).astype(np.int32)))
         return out
 
     def lose(self, slots: range) -> int:
@@ -248,7 +248,7 @@ class Shelf:
         self._vacate(slot, SlotState.STORED)
 
     def _refund(self, slot: int) -> None:
-        self.tenants.charge(self.index.tenant(slot), -self.geometry.slot_bytes)
+        self.tenants.charge(self.index.terms.tenant(slot), -self.geometry.slot_bytes)
 
     def _vacate(self, slot: int, old: SlotState, *, usable: bool = True) -> None:
         """Nothing of use is in the slot any more: FREE where it can be written, else RETIRED."""

@@ -27,6 +27,7 @@ from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken
+from services.kvstore import heap
 from services.kvstore.checkpoints import Checkpoints
 from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
@@ -38,6 +39,7 @@ from services.kvstore.intake import Intake
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
 from services.kvstore.options import StoreOptions
+from services.kvstore.pins import Pins
 from services.kvstore.record import PAYLOAD_BYTES_MAX
 from services.kvstore.reuse import ReuseSample
 from services.kvstore.scan import WINDOW, scan
@@ -101,6 +103,7 @@ class Store:
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
         self.tenants = Tenants(options.tenant_quota_bytes)
+        self.pins = Pins(clock, lambda: self.space.budget_bytes)
         self.reuse = ReuseSample()
         self.space = Space(
             self._files,
@@ -157,6 +160,8 @@ class Store:
         self.time_s.not_before(found.time_s)
         self._expire()
         self.space.fit_quotas()
+        del found
+        heap.trim()
         seconds = time.monotonic() - started_s
         log.event(
             "store_opened",
@@ -184,7 +189,7 @@ class Store:
         """The longest stored prefix of a chain, leased if asked for. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         shelf = self.space.shelves.get(namespace)
-        slots = shelf.index.unexpired(shelf.index.prefix(keys), self.time_s()) if shelf is not None else NO_SLOTS
+        slots = shelf.index.terms.unexpired(shelf.index.prefix(keys), self.time_s()) if shelf is not None else NO_SLOTS
         self.reuse.asked(keys)
         self.metrics.lookups += 1
         self.metrics.lookup_blocks += len(keys)
@@ -198,6 +203,17 @@ class Store:
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Found(len(slots), token, granted_s)
+
+    def pin(self, namespace: Namespace, keys: Sequence[bytes], for_s: float) -> int:
+        """Keeps the stored prefix of a chain for a time, 0 to keep it no longer; its blocks. Raises `Overloaded`."""
+        shelf = self.space.shelves.get(namespace)
+        slots = shelf.index.prefix(keys) if shelf is not None else NO_SLOTS
+        if shelf is None or not len(slots):
+            return 0
+        if not for_s:
+            return self.pins.unpin(namespace, keys[len(slots) - 1])
+        self.pins.pin(shelf, keys, slots, for_s)
+        return len(slots)
 
     def condemn(self, shelf: Shelf, slot: int, sequence: int, reason: str) -> None:
         """A block's bytes can't be had, or are wrong: from now on it is a miss."""
@@ -299,6 +315,7 @@ class Store:
         for lease in self.leases.expired():
             self.metrics.expired_leases += 1
             self._end(lease)
+        self.pins.sweep()
         self._expire()
         self.space.forget_empty()
         self.checkpoints.save_quiet()
@@ -370,6 +387,9 @@ class Store:
         if flying != self.intake.reserved_bytes:
             problems.append(f"{flying} bytes are in flight, {self.intake.reserved_bytes} are accounted for")
         problems += self.space.check_integrity()
+        held = sum((len(shelf.index) + len(shelf.in_flight)) * shelf.geometry.slot_bytes for shelf in self.space.shelves.values())
+        if held != self.tenants.total_bytes:
+            problems.append(f"{held} bytes are stored or in flight, tenants are charged {self.tenants.total_bytes}")
         if self.writer.open_writes > WINDOW:
             problems.append(f"{self.writer.open_writes} writes are open: at most {WINDOW}")
         return problems

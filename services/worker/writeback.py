@@ -18,10 +18,11 @@ from itertools import islice
 
 import msgspec
 
-from common.blocks import BlockKey, ChainRoot, Namespace, extend_keys
+from common.blocks import BlockKey, ChainRoot, Namespace, chain_root, extend_keys
 from common.clients.kvstore import Admission, BlockMeta, Reservation
 from common.errors import PenstockError
 from common.logs import Log
+from common.storage import NO_TERMS, Terms
 from common.transport.interface import Part, PartStatus
 from common.transport.pool import TransportPool
 from services.worker.codec import Codec
@@ -57,20 +58,20 @@ class Chain:
         self.done = stored_blocks
         self.dropped = not kvstores
         self.over = False
-        self._root = root
+        self.root = root
         self._keys: list[BlockKey] = []
 
     def keys(self, blocks: int, block_tokens: int) -> list[BlockKey]:
         """Keys of the leading `blocks` blocks, computed once each."""
         have = len(self._keys)
         if blocks > have:
-            parent = self._keys[-1] if have else self._root
+            parent = self._keys[-1] if have else self.root
             tail = self.tokens[have * block_tokens : blocks * block_tokens]
             self._keys += islice(extend_keys(parent, tail, block_tokens), blocks - have)
         return self._keys[:blocks]
 
     def parent_of(self, block: int) -> bytes:
-        return self._keys[block - 1] if block else self._root
+        return self._keys[block - 1] if block else self.root
 
     @property
     def pending(self) -> bool:
@@ -94,6 +95,7 @@ class Writer:
         self._stores = stores
         self._codec = codec
         self._namespace = namespace
+        self._nobodys_root = chain_root(namespace)  # any other root tells of a tenant's salt or an adapter
         self._block_tokens = block_tokens
         self._pending_max = pending_max
         self._lanes: dict[str, _Lane] = {}
@@ -196,7 +198,8 @@ class Writer:
         keys = chain.keys(last, self._block_tokens)
         size = self._codec.bytes_per_block
         metas = [BlockMeta(keys[block], chain.parent_of(block), size) for block in range(first, last)]
-        copies = await asyncio.gather(*(self._reserve(kvstore, metas) for kvstore in chain.kvstores))
+        terms = NO_TERMS if chain.root == self._nobodys_root else Terms(tenant=chain.root)
+        copies = await asyncio.gather(*(self._reserve(kvstore, metas, terms) for kvstore in chain.kvstores))
         wanted = sorted({i for copy in copies for i in copy.wanted})
         try:
             if wanted:
@@ -209,9 +212,9 @@ class Writer:
         chain.kvstores = [copy.kvstore for copy in copies if copy.complete]
         return bool(chain.kvstores)
 
-    async def _reserve(self, kvstore: str, metas: Sequence[BlockMeta]) -> "_Copy":
+    async def _reserve(self, kvstore: str, metas: Sequence[BlockMeta], terms: Terms) -> "_Copy":
         try:
-            reservation = await self._stores.at(kvstore).reserve(self._namespace, metas, WRITE_DEADLINE_S)
+            reservation = await self._stores.at(kvstore).reserve(self._namespace, metas, WRITE_DEADLINE_S, terms=terms)
         except PenstockError as error:
             log.warning("reserve_failed", kvstore=kvstore, reason=error.message)
             return _Copy(kvstore, None, [], complete=False)

@@ -20,6 +20,7 @@ from common.clients.kvstore import Admission, BlockMeta, KvStoreClient
 from common.errors import InvalidRequest, LeaseRejected
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
+from common.storage import Terms
 from common.transport.client import connect
 from common.transport.frames import Hello, Mode, Op, Transfer, encode
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus, Span
@@ -253,6 +254,11 @@ BAD: dict[str, tuple[str, Callable[[], Any], str]] = {
     "no keys": ("Lookup", lambda: pb.LookupRequest(namespace=NAMESPACE), "0 keys: expected 1 to"),
     "too many keys": ("Lookup", lambda: pb.LookupRequest(namespace=NAMESPACE, keys=[b""] * 262_145), "262145 keys"),
     "no blocks": ("Reserve", lambda: pb.ReserveRequest(namespace=NAMESPACE), "0 blocks"),
+    "long tenant": (
+        "Reserve",
+        lambda: pb.ReserveRequest(namespace=NAMESPACE, blocks=[pb.BlockMeta()], tenant=b"t" * 65),
+        "tenant has 65 bytes: at most 64",
+    ),
     "short token": ("Renew", lambda: pb.RenewRequest(token=b"short"), "token has 5 bytes: expected 16"),
     "no token": ("Release", lambda: pb.ReleaseRequest(), "token has 0 bytes: expected 16"),
 }
@@ -393,3 +399,18 @@ async def gauge(port: int, name: str) -> float:
     text = (await reader.read()).decode()
     writer.close()
     return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"penstock_kvstore_{name} ")))
+
+
+async def test_terms_and_pins_go_over_the_wire(tmp_path: Path, region: Region) -> None:
+    keys = chain(3)
+    async with (
+        running(tmp_path, "--tenant-quota-bytes", str(2 * 8192)) as (_, client, ready),
+        rpc.channel(ready["grpc"]) as channel,
+    ):
+        mine = await client.reserve(NAMESPACE, metas(keys, length=100), 5.0, terms=Terms(b"tenant", 60))
+        assert mine.admissions == (Admission.ACCEPTED, Admission.ACCEPTED, Admission.DROPPED)
+        admin = kvstore_pb2_grpc.AdminStub(channel)
+        reply = await admin.Pin(pb.PinRequest(namespace=NAMESPACE, keys=keys, for_s=5), timeout=20)
+        assert reply.blocks == 0
+        with pytest.raises(grpc.aio.AioRpcError, match="0 keys"):
+            await admin.Pin(pb.PinRequest(namespace=NAMESPACE), timeout=20)

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from common.errors import Overloaded
 from common.storage import Admission, Terms
 from common.transport.interface import PartStatus
 from services.kvstore.doorkeeper import Doorkeeper
@@ -205,6 +207,15 @@ async def test_what_goes_for_other_reasons_is_no_longer_charged(tmp_path: Path) 
         assert [tenants.used_bytes(one_) for one_ in (hers, his)] == [CAPACITY // 2 * SLOT_BYTES, 0]
 
 
+def test_many_digests_get_their_numbers_also_when_they_begin_alike() -> None:
+    tenants = Tenants(0)
+    digests = [digest(b"a"), bytes(16), b"same....one.....", b"same....another.", digest(b"a")]
+    numbers = tenants.numbers(np.array(digests, "V16"))
+    assert numbers.tolist() == [tenants.number(one) for one in digests]
+    assert [one.tobytes() for one in tenants.digests(numbers)] == digests
+    assert tenants.numbers(np.zeros(3, "V16")).tolist() == [NOBODY] * 3
+
+
 def test_numbers_of_tenants_are_bounded_and_given_out_again() -> None:
     tenants = Tenants(0)
     first = tenants.number(digest(b"first"))
@@ -214,6 +225,62 @@ def test_numbers_of_tenants_are_bounded_and_given_out_again() -> None:
     assert tenants.number(digest(b"first")) == first != NOBODY
     assert tenants.number(digest(b"one more")) != NOBODY
     assert tenants.used_bytes(first) == 5
+
+
+# Pins
+
+
+async def test_a_pinned_prefix_is_not_evicted_until_its_time_is_over(tmp_path: Path) -> None:
+    clock, kept = Clock(), chain(4, "kept")
+    async with rig(tmp_path, clock=clock) as one:
+        await one.put(kept)
+        assert one.store.pin(NAMESPACE, [*kept, *chain(1)], 60) == 4
+        await one.put(chain(2 * CAPACITY, "more"))
+        assert set(kept) <= one.stored()
+        clock.now += 61
+        one.store.sweep()
+        assert not len(one.store.pins)
+        await one.put(chain(CAPACITY, "others"))
+        assert not set(kept) & one.stored()
+
+
+async def test_a_pin_can_be_ended_and_what_is_not_stored_cannot_be_pinned(tmp_path: Path) -> None:
+    keys = chain(3)
+    async with rig(tmp_path) as one:
+        assert one.store.pin(NAMESPACE, keys, 60) == 0
+        await one.put(keys)
+        assert one.store.pin(OTHER, keys, 60) == 0
+        assert one.store.pin(NAMESPACE, keys, 60) == 3
+        assert one.store.pin(NAMESPACE, keys, 10) == 3 and len(one.store.pins) == 1
+        assert one.store.pin(NAMESPACE, keys, 0) == 3 and not len(one.store.pins)
+        assert one.store.pin(NAMESPACE, keys, 0) == 0
+
+
+async def test_pins_keep_at_most_half_of_the_budget_and_count_shared_blocks_once(tmp_path: Path) -> None:
+    trunk = chain(CAPACITY // 2 - 1)  # the budget has room for half a slot more than twice the 17 that are kept below
+    async with rig(tmp_path) as one:
+        await one.put(trunk)
+        for name in ("a", "b", "c"):
+            await one.put(chain(1, name, trunk[-1]), trunk[-1])
+        for name in ("a", "b"):
+            assert one.store.pin(NAMESPACE, [*trunk, *chain(1, name, trunk[-1])], 60)
+        with pytest.raises(Overloaded, match="at most 1024 pins and 50% of the budget"):
+            one.store.pin(NAMESPACE, [*trunk, *chain(1, "c", trunk[-1])], 60)
+        assert len(one.store.pins) == 2 and one.store.pins.kept_bytes == (CAPACITY // 2 + 1) * SLOT_BYTES
+
+
+async def test_a_pinned_block_that_turns_out_bad_goes_and_its_slot_is_not_kept(tmp_path: Path) -> None:
+    keys = chain(2)
+    async with rig(tmp_path) as one:
+        await one.put(keys)
+        one.store.pin(NAMESPACE, keys, 60)
+        shelf = one.store.space.shelves[NAMESPACE]
+        slot = shelf.index.find(keys[1])
+        assert slot is not None
+        one.store.condemn(shelf, slot, shelf.index.sequence(slot), "a test says so")
+        await one.store.settle()
+        one.store.sweep()
+        assert not len(one.store.pins) and not shelf.index.pins_total()
 
 
 # Admission
