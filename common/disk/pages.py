@@ -7,12 +7,18 @@ docs/benchmarks.md that doubles to triples the bandwidth of direct I/O and takes
 import ctypes
 import mmap
 from contextlib import suppress
+from pathlib import Path
 
 PAGE_BYTES = 4096  # the largest logical block size of common SSDs, and the memory page
 
 
 HUGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # linux/mman-common.h, since Linux 5.14; not yet in the mmap module
+
+
+def pages(length: int) -> int:
+    """`length` rounded up to whole pages."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
 
 
 def aligned(length: int) -> memoryview:
@@ -34,6 +40,15 @@ def huge(length: int) -> memoryview:
         for offset in range(0, length, PAGE_BYTES):
             view[offset] = 0
     return view
+
+
+def shared_memory_is_huge() -> bool:
+    """Whether the kernel puts shared memory on huge pages when asked to, as regions do."""
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+    except OSError:
+        return False
+    return "[never]" not in setting and "[deny]" not in setting
 
 
 def address(view: memoryview) -> int:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from common.disk.buffers import BufferPool
 from common.disk.pages import address, aligned
-from services.kvstore.buffers import BufferPool
 
 
 async def test_buffers_are_aligned_bounded_and_served_in_turn() -> None:

@@ -87,8 +87,8 @@ class BufferPool:
     def _cut(self, length: int) -> memoryview:
         """A new buffer; with an arena, its other buffers are kept as far as there is room."""
         room = (self.bytes_max - self.taken_bytes - self._kept_bytes) // length
-        count = min(1 + max(0, room), ARENA_BYTES // length)
-        if length < SMALL_BYTES or count < 1:
+        count = max(1, min(1 + room, ARENA_BYTES // length))
+        if length < SMALL_BYTES:
             return aligned(length)
         arena = huge(count * length)
         for start in range(length, count * length, length):
