@@ -1,6 +1,6 @@
 """`make bench-store`: the kvstore's disk I/O beside fio, and its service path beside fio and a plain socket.
 
-    python -m loadtest.bench_store [--folder data] [--rounds 3] [--ramp-s 0.3] [--slice-s 0.4] [--sizes 131072,524288,2097152] [--depths 1,8,32]
+    python -m loadtest.bench_store [--folder data] [--rounds 3] [--ramp-s 0.2] [--slice-s 0.3] [--sizes 131072,524288,2097152] [--depths 1,8,32]
 
 fio (Debian's package; nothing is installed here) uses the engine that the kvstore chose, the same block size and
 depth, O_DIRECT, on a file beside the store's. The sides take turns within each round, in changing order, and the
@@ -8,12 +8,14 @@ disk rests as long before the store's slice as it does while fio starts. A ratio
 Before each slice the same load runs uncounted (the ramp): virtual disks let a burst through after a rest, and it is
 what they sustain that is compared. `--ramp-s 0` compares bursts.
 
-- `read`: random blocks, `depth` in flight, each verified and in the caller's memory (loadtest/store/local.py).
+- `read`: random blocks, `depth` at the kernel, more queued behind, each verified and in the caller's memory.
+- `read_closed`: `depth` requests of a block each, the next when one has ended: latencies are of these (loadtest/store/local.py).
 - `write`: durable, from the store's buffers. fio syncs (fdatasync) after every 8 MiB; the store answers each request of
   8 MiB when a sync that began after its writes has ended, so requests may share one. Both overwrite. The store
   reserves, evicts, and checksums the chunks; the bytes have come and their checksum is known.
 - `service_write`: the same from another process' memory, over gRPC and shm: copied and checksummed on the way.
-- `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage (loadtest/store/service.py).
+- `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only, which
+  is that of the service's engine (loadtest/store/service.py).
 
 The sum: the disk's bandwidth is the ceiling of all rows but tcp's, whose ceiling is the lower of disk and plain socket.
 Reading costs a checksum (0.1-0.2 CPU s/GiB), writing one (of the chunks), service_write three and a copy, tcp two and two copies.
@@ -27,16 +29,17 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import uvloop
 
 from common.blocks import Namespace
-from common.disk.engine import Machine, open_engine
+from common.disk.engine import EngineChoice, Machine, open_engine
 from loadtest.store.blocks import NAMESPACE, Blocks
-from loadtest.store.fio import Fio, Sample, require_fio
+from loadtest.store.fio import BLOCKS_PER_READ, Fio, Sample, require_fio
 from loadtest.store.local import LocalStore
 from loadtest.store.plain import PlainSocket
 from loadtest.store.service import CARRIERS, Service
@@ -56,7 +59,7 @@ class Row(msgspec.Struct, frozen=True):
     gb_per_s: float
     fio_gb_per_s: float
     over_fio: float
-    p50_over_fio: float | None  # of writes there is none: fio's end before they are durable
+    p50_over_fio: float | None  # of `read_closed`: elsewhere an end is another thing than fio's
     p99_over_fio: float | None
     cpu_s_per_gib: float
     fio_cpu_s_per_gib: float
@@ -70,7 +73,7 @@ class Bench:
         self.fio, self.rounds, self.ramp_s, self.slice_s = fio, rounds, ramp_s, slice_s
 
     async def compare(
-        self, yardstick: Callable[[float, float], Sample], ways: dict[str, Way], block_bytes: int, depth: int
+        self, yardstick: Callable[[float, float], Sample], ways: Mapping[str, Way], block_bytes: int, depth: int
     ) -> None:
         """Adds a row for each way."""
         samples: dict[str, list[Sample]] = {name: [] for name in (*ways, "fio")}
@@ -112,60 +115,54 @@ def _row(path: str, block_bytes: int, depth: int, ours: list[Sample], fio: list[
         round(median(ours, "bytes_per_s") / 1e9, 2),
         round(median(fio, "bytes_per_s") / 1e9, 2),
         ratio("bytes_per_s"),
-        None if "write" in path else ratio("p50_s"),
-        None if "write" in path else ratio("p99_s"),
+        ratio("p50_s") if path == "read_closed" else None,
+        ratio("p99_s") if path == "read_closed" else None,
         round(median(ours, "cpu_s_per_gib"), 3),
         round(median(fio, "cpu_s_per_gib"), 3),
     )
 
 
-async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[int], io: str) -> None:
+async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[int], io: EngineChoice) -> None:
+    fio = bench.fio
     for size in sizes:
         for depth in depths:
-            store = LocalStore(folder / f"local-{size}", size, TOTAL_BYTES, depth, io)  # type: ignore[arg-type]
+            store = LocalStore(folder / f"local-{size}", size, TOTAL_BYTES, depth, io)
             await store.fill()
-            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.read(b, d, r, s), {"read": store.read}, size, depth)  # type: ignore[misc]
-            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.write(b, d, r, s), {"write": store.write}, size, depth)  # type: ignore[misc]
+            ways: dict[str, Way] = {"read": store.read, "read_closed": store.read_closed}
+            await bench.compare(partial(fio.read, size, depth), ways, size, depth)
+            await bench.compare(partial(fio.write, size, depth), {"write": store.write}, size, depth)
             await store.close()
 
 
-async def service_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[int], io: str) -> float:
+async def service_rows(bench: Bench, folder: Path, sizes: list[int], depth: int, io: str) -> float:
     """Adds the service's rows; the plain socket's bytes per second."""
-    budget_bytes = 3 * len(sizes) * TOTAL_BYTES
-    service = await Service.start(folder / "service", max(8 << 20, max(sizes) * max(depths)), budget_bytes, io)
+    fio, budget_bytes = bench.fio, 3 * len(sizes) * TOTAL_BYTES
+    service = await Service.start(folder / "service", max(8 << 20, max(sizes) * max(depth, BLOCKS_PER_READ)), budget_bytes, io)
     plain, received = PlainSocket(), []
     for number, size in enumerate(sizes):
-        namespace = Namespace(f"{number:02x}{NAMESPACE[2:]}")
-        blocks = Blocks(size)
+        namespace, blocks = Namespace(f"{number:02x}{NAMESPACE[2:]}"), Blocks(size)
         stored = await service.fill(namespace, blocks, TOTAL_BYTES // size)
-        for depth in (depth for depth in depths if depth >= DEEP):
-            ways: dict[str, Way] = {
-                carrier: lambda r, s, c=carrier, k=stored, b=size, d=depth: service.read(k, c, b, d, r, s)  # type: ignore[misc]
-                for carrier in CARRIERS
-            }
-            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.read(b, d, r, s), ways, size, depth)  # type: ignore[misc]
-            received.append(plain.receive(bench.slice_s).bytes_per_s)
+        ways: dict[str, Way] = {carrier: partial(service.read, stored, carrier, size, depth) for carrier in CARRIERS}
+        await bench.compare(partial(fio.read, size, depth), ways, size, depth)
+        received.append(plain.receive(bench.slice_s).bytes_per_s)
         await service.client.release(stored.token)
-        for depth in (depth for depth in depths if depth >= DEEP):
-
-            async def write(r: float, s: float, n: Namespace = namespace, k: Blocks = blocks, d: int = depth) -> Sample:
-                return await service.write(n, k, d, r, s)
-
-            await bench.compare(lambda r, s, b=size, d=depth: bench.fio.write(b, d, r, s), {"service_write": write}, size, depth)  # type: ignore[misc]
+        writing: dict[str, Way] = {"service_write": partial(service.write, namespace, blocks, depth)}
+        await bench.compare(partial(fio.write, size, depth), writing, size, depth)
     plain.close()
     await service.close()
     return statistics.median(received)
 
 
-async def measure(args: argparse.Namespace, folder: Path, engine: str) -> dict[str, object]:
+async def measure(args: argparse.Namespace, folder: Path, engine: EngineChoice) -> dict[str, object]:
     fio = Fio(folder / "fio", TOTAL_BYTES, engine)
     fio.lay_out()
     bench = Bench(fio, args.rounds, args.ramp_s, args.slice_s)
     await local_rows(bench, folder, args.sizes, args.depths, engine)
-    socket_bytes_per_s = await service_rows(bench, folder, args.sizes, args.depths, engine)
+    socket_bytes_per_s = await service_rows(bench, folder, args.sizes, max(args.depths), engine)
     tcp = [row for row in bench.rows if row.path == "tcp"]
     return {
         "read_over_fio": bench.worst("read"),
+        "read_closed_over_fio": bench.worst("read_closed"),
         "write_over_fio": bench.worst("write"),
         "service_write_over_fio": bench.worst("service_write"),
         "service_read_over_fio": bench.worst("extent"),
@@ -188,8 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path("data"), help="a folder on the SSD in question")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--slice-s", type=float, default=0.4)
-    parser.add_argument("--ramp-s", type=float, default=0.3, help="load before each slice, not counted")
+    parser.add_argument("--slice-s", type=float, default=0.3)
+    parser.add_argument("--ramp-s", type=float, default=0.2, help="load before each slice, not counted")
     parser.add_argument("--sizes", type=_numbers, default=[128 << 10, 512 << 10, 2 << 20])
     parser.add_argument("--depths", type=_numbers, default=[1, 8, 32])
     args = parser.parse_args()
@@ -199,9 +196,10 @@ def main() -> None:
         raise SystemExit(f"{args.folder} takes no O_DIRECT: name a folder on an SSD (--folder)")
     probe = open_engine(Machine(), "auto", label="bench", depth=1, pending_max=1)
     probe.close()
+    engine: EngineChoice = "io_uring" if probe.name == "io_uring" else "threads"
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-store-") as folder:
-        result = uvloop.run(measure(args, Path(folder), probe.name))
-    print(json.dumps({"bench": "store", "fio": version, "engine": probe.name, **result}))
+        result = uvloop.run(measure(args, Path(folder), engine))
+    print(json.dumps({"bench": "store", "fio": version, "engine": engine, **result}))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,11 @@ class Ring:
             self._placed -= _call(_ENTER, self._ring_fd, self._placed, int(wait), _ENTER_GETEVENTS if wait else 0)
             wait = False
 
+    @property
+    def completed(self) -> bool:
+        """Whether there is something to reap: a look at memory, no system call."""
+        return self._words[self._cq_head] != self._words[self._cq_tail]
+
     def reap(self) -> list[tuple[int, int]]:
         """What has completed since: tags, and results as of the system calls, errors as negative numbers."""
         with_events = []

@@ -5,7 +5,7 @@
 2. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
    before anything is checked, so that the disk has work meanwhile.
 3. What came short goes on where it stopped; what the kernel had no memory for goes again.
-4. Checks run on the loop, about a MiB at a time.
+4. Checks run on the loop, about a MiB at a time, with a look at the ring after each, so that none leaves the disk idle.
 
 A transfer that was not started when the batch's deadline passes, or when the batch is abandoned, results in
 `NotStarted`. One that was started is always waited for: the disk may be writing to its memory.
@@ -164,9 +164,15 @@ class RingEngine:
                 return
             with suppress(BlockingIOError):
                 os.eventfd_read(self._ring.fd)
-            self._reap()
-            self._fill()
+        self._take_in()
         self._check_arrived()
+
+    def _take_in(self) -> None:
+        """What has completed makes room, and the next go to the kernel."""
+        with self._using:
+            if not self._closed:
+                self._reap()
+                self._fill()
 
     def _reap(self) -> None:
         for tag, result in self._ring.reap():
@@ -196,6 +202,8 @@ class RingEngine:
                 assert self._loop is not None
                 self._loop.call_soon(self._check_arrived)
                 return
+            if self._ring.completed:
+                self._take_in()
             flight, error = self._arrived.popleft()
             checked += flight.done
             outcome: int | BaseException

@@ -9,7 +9,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
+from common.disk.buffers import BufferPool
 from common.disk.engine import Engine, Machine, open_engine
+from common.disk.pages import shared_memory_is_huge
 from common.errors import Unavailable
 from common.transport.client import Prefer, connect
 from common.transport.connection import Connection
@@ -22,6 +24,7 @@ from common.transport.region import Region
 log = logging.getLogger(__name__)
 DISK_READS = 32  # at once, of extents
 DISK_READS_PENDING_MAX = 65_536
+DISK_BUFFER_BYTES = 128 << 20  # for reads of extents on their way into a region; more wait
 PoolPrefer = Prefer | Literal["extent"]
 
 
@@ -43,6 +46,7 @@ class TransportPool:
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._disk: Engine | None = None  # for extents, made when first offered some
+        self._disk_buffers = None if shared_memory_is_huge() else BufferPool(DISK_BUFFER_BYTES)
 
     def transport(self, endpoint: Endpoint) -> "PeerTransport":
         """The peer's transport. Keep it as long as you like: a dropped connection is made anew when next used."""
@@ -82,7 +86,7 @@ class TransportPool:
             return connection
         if self._disk is None:
             self._disk = open_engine(Machine(), "auto", label="extents", depth=DISK_READS, pending_max=DISK_READS_PENDING_MAX)
-        return ExtentTransport(connection, self._region, self._disk)
+        return ExtentTransport(connection, self._region, self._disk, self._disk_buffers)
 
     @property
     def connections_per_peer(self) -> int:

@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from collections import Counter
+from contextlib import suppress
 
 from common.errors import InvalidRequest
 from common.transport.interface import Span
@@ -38,6 +39,8 @@ class Region:
         except BaseException:
             os.close(self.fd)
             raise
+        with suppress(OSError):  # a kernel without huge pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)  # heeded for shared memory where shmem_enabled is "advise" or more
         if prefault:
             _prefault(self._map)
         self._view = memoryview(self._map)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 GIB = 1 << 30
+BLOCKS_PER_READ = 16  # of one request, as a worker reads
 SYNCING = 8  # requests of BATCH_BYTES: 4 to 9 ms of syncing, at 2 GB/s or more
 BATCH_BYTES = 8 << 20  # between two fdatasyncs: what one request of the byte plane brings
 

@@ -1,6 +1,8 @@
 """The store in this process, as its byte plane drives it: `StoreArea` under leases, no wire.
 
-A read brings one verified block into a span of our memory; `depth` of them are in flight. A write request
+A read brings verified blocks into spans of our memory. Requests of a reader's usual size queue, so that `depth` of
+their blocks are always at the kernel; or (`read_closed`) `depth` requests of one block each are in flight, and the
+next is made when one has ended, which is what latencies are of. A write request
 brings BATCH_BYTES: space is reserved, and from the moment that the blocks are in the store's buffers (which is
 the carrier's work) they are committed, and answered when durable. Enough requests are in flight to keep `depth` writes at the kernel.
 """
@@ -19,7 +21,7 @@ from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.memory import copy
 from common.transport.region import Region
 from loadtest.store.blocks import NAMESPACE, Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, Sample, requests_in_flight
+from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, Sample, requests_in_flight
 from loadtest.store.slices import Slice
 from services.kvstore.area import StoreArea
 from services.kvstore.options import StoreOptions
@@ -50,7 +52,8 @@ class LocalStore:
         self.blocks = Blocks(block_bytes)
         self.depth = depth
         self._block_bytes = block_bytes
-        self._region = Region(depth * block_bytes)
+        self._requests = max(2, 2 * depth // BLOCKS_PER_READ)
+        self._region = Region(max(depth, self._requests * BLOCKS_PER_READ) * block_bytes)
         self._chain = self.blocks.chain(0)
         self._filled: set[int] = set()  # addresses of the store's buffers that hold a block's bytes already
 
@@ -68,22 +71,29 @@ class LocalStore:
         self._region.close()
 
     async def read(self, ramp_s: float, seconds: float) -> Sample:
+        return await self._read(self._requests, BLOCKS_PER_READ, ramp_s, seconds)
+
+    async def read_closed(self, ramp_s: float, seconds: float) -> Sample:
+        return await self._read(self.depth, 1, ramp_s, seconds)
+
+    async def _read(self, requests: int, blocks: int, ramp_s: float, seconds: float) -> Sample:
         found = self.store.lookup(NAMESPACE, keys(self._chain), LEASE_S, lease=True)
         assert found.token is not None and found.blocks == self.capacity, f"{found.blocks} of {self.capacity} blocks"
         clock = Slice(ramp_s, seconds, _cpu_s)
-        await asyncio.gather(*(self._read_on(clock, found.token, slot) for slot in range(self.depth)))
+        await asyncio.gather(*(self._read_on(clock, found.token, number, blocks) for number in range(requests)))
         sample = clock.sample()
         self.store.release(found.token)
         return sample
 
-    async def _read_on(self, clock: Slice, token: LeaseToken, slot: int) -> None:
-        view = self._region.view(Span(slot * self._block_bytes, self._block_bytes))
+    async def _read_on(self, clock: Slice, token: LeaseToken, number: int, blocks: int) -> None:
+        size = self._block_bytes
+        views = [self._region.view(Span((number * blocks + i) * size, size)) for i in range(blocks)]
         while clock.running:
             began = time.perf_counter()
-            part = Part(random.randrange(self.capacity), 0, self._block_bytes)
-            ((status, _, _),) = await self.area.read(token, [part], [view])
-            assert status is PartStatus.OK, status
-            clock.note(began, self._block_bytes)
+            parts = [Part(random.randrange(self.capacity), 0, size) for _ in range(blocks)]
+            results = await self.area.read(token, parts, views)
+            assert all(status is PartStatus.OK for status, _, _ in results), results
+            clock.note(began, blocks * size)
 
     async def write(self, ramp_s: float, seconds: float) -> Sample:
         """Overwrites the coldest slots with new chains."""

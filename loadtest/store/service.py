@@ -1,6 +1,6 @@
 """The kvstore as a service: another process owns the disk, this one asks over gRPC and gets blocks in its stage.
 
-`depth` blocks are in flight, in up to four requests, as a worker's reader keeps several. Latencies are of a request.
+Reads are as a worker makes them: requests of BLOCKS_PER_READ blocks, as many as bring `depth` blocks. Latencies are of a request.
 CPU seconds are of both processes.
 """
 
@@ -20,11 +20,10 @@ from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.pool import PeerTransport, PoolPrefer, TransportPool
 from common.transport.region import Region
 from loadtest.store.blocks import Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, Sample, requests_in_flight
+from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, Sample, requests_in_flight
 from loadtest.store.slices import Slice
 
 CARRIERS: tuple[PoolPrefer, ...] = ("extent", "shm", "tcp")
-REQUESTS = 4
 DEADLINE_S = 60.0
 LEASE_S = 600.0
 
@@ -95,8 +94,7 @@ class Service:
         self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, depth: int, ramp_s: float, seconds: float
     ) -> Sample:
         transport = self._pools[carrier].transport(stored.endpoint)
-        requests = min(REQUESTS, depth)
-        blocks = depth // requests
+        requests, blocks = max(1, depth // BLOCKS_PER_READ), min(depth, BLOCKS_PER_READ)
         clock = Slice(ramp_s, seconds, self._cpu_s)
 
         async def read_on(number: int) -> None:

@@ -7,10 +7,10 @@ table, there is none: the block is then read whole, and that read says what is w
 import asyncio
 from collections.abc import Sequence
 
+from common.disk.buffers import BufferPool
 from common.disk.transfer import Transfer
 from common.errors import Overloaded
 from services.kvstore.area_targets import Target
-from services.kvstore.buffers import BufferPool
 from services.kvstore.chunks import decode_table
 from services.kvstore.leases import ReadLease
 from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot

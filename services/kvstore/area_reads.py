@@ -1,7 +1,7 @@
 """Reading leased blocks for the byte plane.
 
-An item of a read lease is read from its slot, straight into the caller's memory where that is aligned, else
-into a buffer of ours, and its payload checked against the checksum that the index holds for exactly this
+An item of a read lease is read from its slot, straight into the caller's memory where that is aligned and on huge
+pages, else into a buffer of ours that is, and copied; and its payload checked against the checksum that the index holds for exactly this
 filling of the slot. That check also catches a misdirected or stale slot, so the header page isn't read
 again. The checksum goes along, and the receiver checks once more. A range of a block is read and verified by the
 chunks around it where their checksums are known, else cut from the verified whole.
@@ -17,13 +17,13 @@ import errno
 from collections.abc import Sequence
 
 from common.disk.batch import Batch, NotStarted
-from common.disk.pages import address
+from common.disk.buffers import BufferPool
+from common.disk.pages import address, shared_memory_is_huge
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
 from services.kvstore.area_chunks import ChunkTables
 from services.kvstore.area_targets import Target
-from services.kvstore.buffers import BufferPool
 from services.kvstore.leases import ReadLease
 from services.kvstore.segment import CorruptPayload
 from services.kvstore.store import Store
@@ -42,6 +42,7 @@ class Reads:
         self._store = store
         self._metrics = store.metrics
         self._deadline_s = deadline_s
+        self._straight = shared_memory_is_huge()
         self._chunk_tables = ChunkTables(store, self.buffers, deadline_s)
         self._sending: dict[int, memoryview] = {}  # address of a view that was handed out -> its buffer
 
@@ -71,7 +72,7 @@ class Reads:
                 self._unpin(targets)
                 raise
             for target in targets:
-                target.plan(lease.chunks.get(target.slot))
+                target.plan(lease.chunks.get(target.slot), straight=self._straight)
             await self._read(targets, results)
         return results
 
@@ -183,7 +184,10 @@ class Reads:
         return batch.done.result() if batch.done.done() else None
 
     def _finish_later(self, batch: Batch[int], targets: list[Target]) -> None:
-        """Nobody waits for the bytes any more."""
+        """Nobody waits for the bytes any more, and none lands in the caller's memory."""
+        for target in targets:
+            if target.buffer_bytes:
+                target.give_up()
         batch.done.add_done_callback(lambda done: self._finish(targets, done.result(), None))
 
     def _finish(self, targets: list[Target], outcomes: Outcomes, results: list[ReadResult] | None) -> None:

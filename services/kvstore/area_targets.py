@@ -1,5 +1,7 @@
 """One part of a read: where its block lies, where its bytes go, and how they are verified."""
 
+import threading
+
 import msgspec
 
 from common.disk.transfer import Transfer
@@ -24,6 +26,7 @@ class Target(msgspec.Struct):
     start: int = 0  # the payload's byte that is first in `buffer`
     buffer_bytes: int = 0  # 0: the block goes straight into the caller's memory
     buffer: memoryview | None = None  # ours
+    copying: threading.Lock = msgspec.field(default_factory=threading.Lock)  # held while `into` is written to
 
     @property
     def whole(self) -> bool:
@@ -40,16 +43,25 @@ class Target(msgspec.Struct):
         at = self.part.offset - self.start
         return self.buffer[at : at + self.part.length]
 
-    def plan(self, chunks: Chunks | None) -> None:
-        """`chunks`: of the block, where known. A range of less than half of it takes the chunks around it."""
+    def plan(self, chunks: Chunks | None, *, straight: bool) -> None:
+        """`chunks`: of the block, where known. A range of less than half of it takes the chunks around it.
+
+        `straight`: a whole block goes straight into the caller's memory, where that is aligned. From the page cache it
+        always does.
+        """
         segment, _ = self.shelf.place(self.slot)
         self.buffer_bytes = self.shelf.geometry.padded_bytes
-        if self.whole and self.into is not None and segment.takes(self.into):
+        if (straight or not segment.direct) and self.whole and self.into is not None and segment.takes(self.into):
             self.buffer_bytes = 0
         elif not self.whole and chunks is not None:
             start, end = chunks.cover(self.part.offset, self.part.length)
             if 2 * (end - start) <= chunks.payload_bytes:
                 self.chunks, self.start, self.buffer_bytes = chunks, start, pages(end - start)
+
+    def give_up(self) -> None:
+        """Nothing is copied into the caller's memory any more."""
+        with self.copying:
+            self.into = None
 
     def second_look(self) -> "Target":
         """The same block, read into memory of ours."""
@@ -68,8 +80,9 @@ class Target(msgspec.Struct):
 
         def cut() -> int:
             value, piece = read.finished(), self._piece
-            if self.into is not None:
-                copy(self.into, piece)
+            with self.copying:
+                if self.into is not None:
+                    copy(self.into, piece)
             return value if self.whole else crc32c(piece)
 
         return msgspec.structs.replace(read, check=cut)

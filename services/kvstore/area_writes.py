@@ -9,11 +9,11 @@ import asyncio
 import errno
 from collections.abc import Sequence
 
+from common.disk.buffers import BufferPool
 from common.disk.pages import address
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
-from services.kvstore.buffers import BufferPool
 from services.kvstore.chunks import encode_table
 from services.kvstore.leases import WriteLease
 from services.kvstore.record import PAGE_BYTES, SlotHeader, encode_slot

@@ -1,7 +1,7 @@
 """Checksums of a payload's chunks, in its slot page: a range is read and verified without the rest of the block.
 
 Bytes only; docs/formats.md draws them. A slot without a table (written by an earlier release, or of fewer
-than two chunks) is read whole. A table that doesn't fit the payload counts as none.
+than CHUNKS_MIN chunks) is read whole. A table that doesn't fit the payload counts as none.
 """
 
 import struct
@@ -12,6 +12,7 @@ from common.transport.memory import crc32c
 
 TABLE_OFFSET = 136  # in a slot page, behind its fields
 CHUNK_BYTES_MIN = 64 << 10  # about a layer slice of a block; smaller ones cost as many calls as bytes
+CHUNKS_MIN = 4  # of fewer, a range is hardly less than the block
 CHUNKS_MAX = 960  # what a slot page has room for
 _HEAD = struct.Struct("<II")
 
@@ -45,9 +46,9 @@ def chunk_bytes(payload_bytes: int) -> int:
 
 
 def encode_table(payload: memoryview) -> bytes:
-    """The table of a payload; empty when it has fewer than two chunks."""
+    """The table of a payload; empty when it has too few chunks."""
     size = chunk_bytes(len(payload))
-    if len(payload) < 2 * size:
+    if len(payload) <= (CHUNKS_MIN - 1) * size:
         return b""
     checksums = [crc32c(payload[at : at + size]) for at in range(0, len(payload), size)]
     return _HEAD.pack(size, len(checksums)) + struct.pack(f"<{len(checksums)}I", *checksums)

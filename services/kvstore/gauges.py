@@ -17,6 +17,7 @@ def gauges(store: Store, area: StoreArea) -> dict[str, tuple[str, float]]:
         "used_bytes": ("Bytes of segment files", store.space.used_bytes),
         "blocks": ("Blocks stored", store.blocks),
         "leases": ("Leases out", len(store.leases)),
+        "io_uring": ("1: disk I/O goes through io_uring; 0: through threads", int(store.readers.name == "io_uring")),
         "read_queue": ("Disk reads queued or running", store.readers.pending),
         "write_queue": ("Disk writes and syncs queued or running", store.writers.pending),
         "reserved_bytes": ("Space reserved and not yet written", store.intake.reserved_bytes),

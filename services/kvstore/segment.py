@@ -59,13 +59,13 @@ class Segment:
         self._files = files
         self._fd = fd
         self._reading_fd = -1
-        self._direct = direct
+        self.direct = direct
         self.written_s = -math.inf  # when a write to it began last, by the monotonic clock
         self.changing = asyncio.Lock()  # held while its checkpoint is written or removed, or the file is
         self.checkpointed = False  # a checkpoint lies beside the file: nothing may be written until it is discarded
 
     def __repr__(self) -> str:
-        return f"Segment({self.path.name}, {'rw' if self.writable else 'ro'}, {'direct' if self._direct else 'buffered'})"
+        return f"Segment({self.path.name}, {'rw' if self.writable else 'ro'}, {'direct' if self.direct else 'buffered'})"
 
     def read_header(self, slot: int, page: memoryview) -> None:
         """Fills `page` (aligned) with the slot's header page."""
@@ -90,13 +90,13 @@ class Segment:
 
     def takes(self, into: memoryview) -> bool:
         """Whether a payload can be read straight into this memory."""
-        return not self._direct or address(into) % PAGE_BYTES == 0
+        return not self.direct or address(into) % PAGE_BYTES == 0
 
     def payload_read(self, slot: int, into: memoryview, checksum: int) -> Transfer:
         """Fills `into`, of payload length or padded length, with the verified payload; results in its checksum."""
         assert self.takes(into)
         whole = len(into) // PAGE_BYTES * PAGE_BYTES
-        tail = aligned(PAGE_BYTES) if self._direct and whole < len(into) else None
+        tail = aligned(PAGE_BYTES) if self.direct and whole < len(into) else None
         length = self.geometry.payload_bytes
 
         def check() -> int:
@@ -112,7 +112,7 @@ class Segment:
     def reading_fd(self) -> int:
         """A descriptor of the file that can't be written through, for readers in other processes. Raises `OSError`."""
         if self._reading_fd < 0:
-            self._reading_fd = self._files.open(self.path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+            self._reading_fd = self._files.open(self.path, os.O_RDONLY | (os.O_DIRECT if self.direct else 0))
         return self._reading_fd
 
     def header_read(self, slot: int, page: memoryview, check: Callable[[], int]) -> Transfer:

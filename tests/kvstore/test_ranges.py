@@ -13,6 +13,7 @@ from common.transport.memory import crc32c
 from services.kvstore.chunks import (
     CHUNK_BYTES_MIN,
     CHUNKS_MAX,
+    CHUNKS_MIN,
     TABLE_OFFSET,
     Chunks,
     chunk_bytes,
@@ -161,7 +162,7 @@ def test_a_table_covers_and_checks_every_range(size: int, data: st.DataObject) -
     table = encode_table(body)
     page[TABLE_OFFSET : TABLE_OFFSET + len(table)] = table
     chunks = decode_table(memoryview(page), size)
-    if size < 2 * CHUNK:
+    if size <= (CHUNKS_MIN - 1) * CHUNK:
         assert not table and chunks is None
         return
     assert chunks is not None
@@ -181,9 +182,9 @@ def test_the_table_of_the_largest_payload_fits_the_slot_page() -> None:
 
 
 def test_the_table_is_pinned_byte_by_byte() -> None:
-    body = memoryview(bytes(range(256)) * 640)  # 163,840 bytes: two chunks and a half
-    assert encode_table(body).hex(" ", 4) == "00000100 03000000 3daf24a2 3daf24a2 2a3f8eec"
+    body = memoryview(bytes(range(256)) * 896)  # 229,376 bytes: three chunks and a half
+    assert encode_table(body).hex(" ", 4) == "00000100 04000000 3daf24a2 3daf24a2 3daf24a2 2a3f8eec"
     page = bytes(TABLE_OFFSET) + encode_table(body)
-    assert decode_table(memoryview(page.ljust(PAGE_BYTES, b"\0")), 163_840) == Chunks(
-        163_840, 65_536, tuple(crc32c(body[at : at + 65_536]) for at in (0, 65_536, 131_072))
+    assert decode_table(memoryview(page.ljust(PAGE_BYTES, b"\0")), 229_376) == Chunks(
+        229_376, 65_536, tuple(crc32c(body[at : at + 65_536]) for at in range(0, 229_376, 65_536))
     )

@@ -1,11 +1,12 @@
 """The bounded pool of buffers for direct I/O."""
 
 import asyncio
+import itertools
 
 import pytest
 
-from common.disk.pages import address, aligned
-from services.kvstore.buffers import BufferPool
+from common.disk.buffers import BufferPool
+from common.disk.pages import HUGE_BYTES, address, aligned, huge
 
 
 async def test_buffers_are_aligned_bounded_and_served_in_turn() -> None:
@@ -40,3 +41,25 @@ async def test_a_cancelled_wait_for_buffers_takes_nothing() -> None:
     with pytest.raises(asyncio.CancelledError):
         await woken
     assert pool.taken_bytes == 0
+
+
+def test_buffers_for_blocks_are_cut_from_arenas_within_the_bound() -> None:
+    length = 3 << 20
+    pool = BufferPool(4 * length)
+    taken = [pool.take(length) for _ in range(4)]
+    assert all(buffer is not None and len(buffer) == length and address(buffer) % 4096 == 0 for buffer in taken)
+    assert pool.take(length) is None
+    starts = sorted(address(buffer) for buffer in taken if buffer is not None)
+    assert all(later - earlier >= length for earlier, later in itertools.pairwise(starts))
+    for buffer in taken:
+        assert buffer is not None
+        pool.give_back(buffer)
+    assert pool.take(4 * length) is not None and pool.taken_bytes == pool.bytes_max
+
+
+def test_memory_on_huge_pages_is_aligned_zeroed_and_writable() -> None:
+    memory = huge((5 << 20) + 4096)
+    assert len(memory) == (5 << 20) + 4096 and address(memory) % HUGE_BYTES == 0
+    assert not any(memory[:: 1 << 16])
+    memory[-1] = 7
+    assert memory[-1] == 7
