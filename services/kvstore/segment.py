@@ -107,7 +107,7 @@ class Segment:
             return checksum
 
         buffers = [into] if tail is None else [into[:whole], tail] if whole else [tail]
-        return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check)
+        return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check, self.disk)
 
     def reading_fd(self) -> int:
         """A descriptor of the file that can't be written through, for readers in other processes. Raises `OSError`."""
@@ -133,11 +133,11 @@ class Segment:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
         assert len(image) == self.geometry.slot_bytes
         assert not self.checkpointed, f"{self.path} is written to under its checkpoint"
-        return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot))
+        return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot), device=self.disk)
 
     def sync_transfer(self) -> Transfer:
         """Makes durable what was written before."""
-        return Transfer(Op.SYNC, self._fd)
+        return Transfer(Op.SYNC, self._fd, device=self.disk)
 
     def corrupt(self, slot: int) -> CorruptPayload:
         return CorruptPayload(f"slot {slot} of {self.path}")

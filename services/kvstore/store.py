@@ -21,7 +21,8 @@ from pathlib import Path
 import msgspec
 
 from common.blocks import KEY_BYTES, Namespace
-from common.disk.engine import open_engine
+from common.disk.devices import DeviceEngines
+from common.disk.engine import Engine, open_engine
 from common.disk.io_pool import IoPool
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
@@ -91,12 +92,8 @@ class Store:
         self.draining = False
         self._files = files or Files()
         self.disks = open_disks(self._files, folders, budget_bytes=options.budget_bytes, direct=options.direct)
-        self.readers = open_engine(
-            self._files, options.io, label="kvstore-read", depth=options.read_depth, pending_max=options.pending_reads_max
-        )
-        self.writers = open_engine(
-            self._files, options.io, label="kvstore-write", depth=options.write_depth, pending_max=_PENDING_WRITES_MAX
-        )
+        self.readers = self._engines("kvstore-read", options.read_depth, options.pending_reads_max)
+        self.writers = self._engines("kvstore-write", options.write_depth, _PENDING_WRITES_MAX)
         self.files_pool = IoPool(_FILE_THREADS, "kvstore-files", _PENDING_WRITES_MAX)
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
@@ -120,6 +117,12 @@ class Store:
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max, doorkeeper)
         self._lease_ended = asyncio.Event()
         self._erasing: set[asyncio.Task[bool]] = set()
+
+    def _engines(self, label: str, depth: int, pending_max: int) -> Engine:
+        """One engine for each disk, behind one face."""
+        choice = self.options.io
+        engines = [open_engine(self._files, choice, label=label, depth=depth, pending_max=pending_max) for _ in self.disks]
+        return engines[0] if len(engines) == 1 else DeviceEngines(engines, pending_max)
 
     @classmethod
     def open(
