@@ -18,6 +18,7 @@ import msgspec
 from common.disk.pages import aligned
 from common.errors import SettingsError, Unavailable
 from common.transport.memory import crc32c
+from services.kvstore.checkpoint import SUFFIX as CHECKPOINT_SUFFIX
 from services.kvstore.disk import NAMESPACES_FOLDER, STORE_NAME, read_identity
 from services.kvstore.files import LOCK_NAME, Files
 from services.kvstore.record import (
@@ -185,7 +186,7 @@ def _segments(files: Files, folder: Path, found: Survey) -> list[Path]:
         for path in sorted(namespace.iterdir()):
             if path.suffix == SUFFIX:
                 segments.append(path)
-            else:
+            elif path.suffix != CHECKPOINT_SUFFIX:
                 found.notes.append(f"{path}: not a segment")
     return segments
 

@@ -117,7 +117,7 @@ class Segment:
 
     def header_read(self, slot: int, page: memoryview, check: Callable[[], int]) -> Transfer:
         """Fills `page` (aligned) with the slot page."""
-        return Transfer(Op.READ, self._fd, [page], self.geometry.slot_offset(slot), check)
+        return Transfer(Op.READ, self._fd, [page], self.geometry.slot_offset(slot), check, self.disk)
 
     def chunks_read(self, slot: int, into: memoryview, start: int, chunks: Chunks) -> Transfer:
         """Fills `into` (aligned, whole pages) with verified chunks, from byte `start` of the payload."""
@@ -127,7 +127,7 @@ class Segment:
                 raise self.corrupt(slot)
             return len(into)
 
-        return Transfer(Op.READ, self._fd, [into], self.payload_offset(slot) + start, check)
+        return Transfer(Op.READ, self._fd, [into], self.payload_offset(slot) + start, check, self.disk)
 
     def slot_write(self, slot: int, image: memoryview) -> Transfer:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
