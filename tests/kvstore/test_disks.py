@@ -416,3 +416,64 @@ async def test_a_lost_disk_under_a_lease_leaves_everything_accounted_for(tmp_pat
         await one.store.settle()
         one.store.release(found.token)
         await one.put(chain(9, "later"))
+
+
+def truncate(segment: Path) -> None:
+    os.truncate(segment, 4096 + 12288 + 100)
+
+
+def copy_from_another_disk(segment: Path) -> None:
+    """A segment that says it is another one."""
+    shutil.copy(segment, segment.with_name("00000077.seg"))
+
+
+def add_rubbish(segment: Path) -> None:
+    segment.with_name("00000055.seg").write_bytes(b"\xff" * 20_000)
+    segment.with_name("readme").write_text("mine")
+    segment.with_name("00000056.tmp").write_bytes(b"begun")
+    (segment.parent.parent / "not a namespace").mkdir()
+
+
+FAULTS: dict[str, Callable[[Path], None]] = {
+    "truncated": truncate,
+    "missing": Path.unlink,
+    "misnamed": copy_from_another_disk,
+    "extra": add_rubbish,
+    "empty": lambda segment: os.truncate(segment, 0),
+    "zeroed": lambda segment: segment.write_bytes(bytes(segment.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_damaged_files_on_one_disk_cost_only_their_own_blocks(tmp_path: Path, fault: str) -> None:
+    keys = chain(30)
+    async with rig(folders(tmp_path), three()) as one:
+        await one.put(keys)
+        where = disks_of(one, keys)
+        await one.store.drain(1.0)  # a clean end: checkpoints are there
+    FAULTS[fault](sorted((tmp_path / "ssd1").rglob("*.seg"))[0])
+    async with rig(folders(tmp_path), three()) as one:
+        assert [disk.state for disk in one.store.disks] == [DiskState.SERVING] * 3
+        readable = await one.readable(keys)
+        assert readable >= {key for key, disk in zip(keys, where, strict=True) if disk != 1}
+        await one.store.settle()
+        await one.put(keys)
+        assert len(await one.get(keys)) == 30
+        assert all(bytes_on_disk(disk.folder) <= disk.budget_bytes for disk in one.store.disks)
+
+
+async def test_segments_that_cannot_be_written_on_one_disk_are_served(tmp_path: Path) -> None:
+    keys, files = chain(30), FailingFiles()
+    async with rig(folders(tmp_path), three()) as one:
+        await one.put(keys)
+
+    def refuse(path: Path, flags: int) -> int | None:
+        if path.suffix == ".seg" and flags & os.O_RDWR:
+            raise OSError(errno.EACCES, "read-only file")
+        return None
+
+    files.fail["open"] = on_folder(folders(tmp_path)[1], refuse)
+    async with rig(folders(tmp_path), three(), files=files) as one:
+        assert len(await one.get(keys)) == 30
+        later = chain(8, "later")
+        assert await one.put(later) == [OK] * 8
