@@ -51,6 +51,7 @@ from services.kvstore.writer import Outcome, SlotWrite, Writer
 
 log = Log("store")
 EPOCH_BYTES = 16
+WRITE_LATE_S = 15.0  # then the disk is probed; the write is waited for all the same
 EXPIRY_POLL_S = 0.25  # while draining
 _FILE_THREADS = 4  # segments being made or removed, headers being erased
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
@@ -110,7 +111,7 @@ class Store:
             tenants=self.tenants,
         )
         self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, self.time_s)
-        self.watch = DiskWatch(self._files, self.space)
+        self.watch = DiskWatch(self._files, self.space, lambda disk: self.writer.close_numbers(disk.position))
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
         doorkeeper = Doorkeeper() if options.admission == "second_touch" else None
@@ -278,7 +279,11 @@ class Store:
     async def write(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
         """Durable writes of slots that leases own; one outcome each."""
         refused = await self.checkpoints.open_for_writing({write.segment for write in writes})
-        outcomes = iter(await self.writer.write([write for write in writes if write.segment not in refused]))
+        writing = asyncio.create_task(self.writer.write([write for write in writes if write.segment not in refused]))
+        while not (await asyncio.wait([writing], timeout=WRITE_LATE_S))[0]:
+            for segment in {write.segment for write in writes}:
+                self.io_failed(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
+        outcomes = iter(writing.result())
         return [Outcome(0, refused[write.segment]) if write.segment in refused else next(outcomes) for write in writes]
 
     def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:
