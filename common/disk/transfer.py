@@ -21,7 +21,8 @@ class Transfer(msgspec.Struct, frozen=True):
     """Bytes from `offset` of a file into or out of `buffers`, one after the other; or a sync of the file.
 
     `check` is called when all bytes have moved, on the loop or on a thread: what it returns (or raises) is
-    the transfer's result. Without it the result is the number of bytes.
+    the transfer's result. Without it the result is the number of bytes. `device` says under which of
+    several engines the file lies (devices.py).
     """
 
     op: Op
@@ -29,6 +30,7 @@ class Transfer(msgspec.Struct, frozen=True):
     buffers: Sequence[memoryview] = ()
     offset: int = 0
     check: Callable[[], int] | None = None
+    device: int = 0
 
     @property
     def length(self) -> int:

@@ -76,7 +76,8 @@ def load_in_words(member: Mapping[str, Any]) -> str:
     if store:
         used, budget = store.get("used_bytes", 0), store.get("budget_bytes", 0)
         share = f" ({used / budget:.0%})" if budget else ""
-        return f"{size(used)} of {size(budget)}{share}, {store.get('blocks', 0):,} blocks, {store.get('evictions', 0):,} evicted"
+        failed = f", {store['disks_failed']} of its disks failed" if store.get("disks_failed") else ""
+        return f"{size(used)} of {size(budget)}{share}, {store.get('blocks', 0):,} blocks, {store.get('evictions', 0):,} evicted{failed}"
     if not load:
         return str(member.get("detail", ""))
     total, free = load.get("pool_blocks_total", 0), load.get("pool_blocks_free", 0)

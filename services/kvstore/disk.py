@@ -2,7 +2,7 @@
 
 1. `open_disks` locks every directory, reads its STORE file, seats it (identity.py) and splits the budget.
    Only a directory that another process owns stops the start; one that can't be used is LOST.
-2. While it serves, an I/O error on a segment makes the store `probe` the directory: a bad block leaves
+2. While it serves, an I/O error on a segment makes the store probe the directory: a bad block leaves
    it SERVING, a file system that takes no writes makes it READ_ONLY, one that is gone makes it LOST.
 3. It stays so until the store is opened again.
 
@@ -37,14 +37,12 @@ class DiskState(StrEnum):
 NEXT: dict[tuple[DiskState, str], DiskState] = {
     (DiskState.SERVING, "write_failed"): DiskState.READ_ONLY,
     (DiskState.SERVING, "read_failed"): DiskState.LOST,
-    (DiskState.SERVING, "hangs"): DiskState.LOST,
     (DiskState.READ_ONLY, "read_failed"): DiskState.LOST,
-    (DiskState.READ_ONLY, "hangs"): DiskState.LOST,
 }
 
 
 class Disk:
-    """A directory. Belongs to the event loop, but for `probe`."""
+    """A directory. Belongs to the event loop, but for the probes."""
 
     def __init__(self, position: int, folder: Path) -> None:
         self.position = position  # among the directories that were given
@@ -116,20 +114,24 @@ class Disk:
             self._lock.release()
             self._lock = None
 
-    def probe(self, files: Files) -> tuple[str, str]:
-        """Whether the directory still reads and writes: an event and its reason. Blocking; any thread."""
+    def probe_read(self, files: Files) -> str:
+        """Whether the directory can still be read: empty, or why not. Blocking; any thread."""
         try:
             found = read_identity(files, self.folder, direct=self.direct)
         except OSError as error:
-            return "read_failed", str(error)
+            return str(error)
         if not isinstance(found, StoreIdentity) or (self.identity and found.store != self.identity.store):
-            return "read_failed", f"{self.folder / STORE_NAME} is gone or another: is the file system still mounted?"
+            return f"{self.folder / STORE_NAME} is gone or another: is the file system still mounted?"
+        return ""
+
+    def probe_write(self, files: Files) -> str:
+        """Whether the directory takes writes: empty (also when it is merely full), or why not. Blocking; any thread."""
         try:
             _write_page(files, self.folder / PROBE_NAME, bytes(PAGE_BYTES), direct=self.direct)
             files.remove(self.folder / PROBE_NAME)
         except OSError as error:
-            return ("works", "") if error.errno in _FULL else ("write_failed", str(error))
-        return "works", ""
+            return "" if error.errno in _FULL else str(error)
+        return ""
 
 
 def open_disks(files: Files, folders: Sequence[Path], *, budget_bytes: int, direct: bool) -> list[Disk]:

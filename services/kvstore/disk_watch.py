@@ -1,12 +1,13 @@
 """Finds out, after an I/O error, whether a block or its whole disk is bad, and acts on it.
 
-`failed` -> probes of that disk, until one works or `PROBES` in a row don't -> a disk that is gone loses
-its blocks, one that takes no writes keeps them. A probe that doesn't come back in `PROBE_DEADLINE_S` is
-a disk that hangs: gone at once.
+`failed` -> probes of that disk, until one works or `PROBES` in a row don't -> a disk that can't be read
+loses its blocks, one that takes no writes keeps them. A probe that doesn't come back in
+`PROBE_DEADLINE_S` has failed.
 """
 
 import asyncio
 import errno
+from collections.abc import Callable
 from functools import partial
 
 from common.disk.io_pool import IoPool
@@ -21,14 +22,16 @@ _NOT_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFAULT, errno.EINVAL, errno.E
 
 
 class DiskWatch:
-    """Belongs to the event loop; probes run in threads of their own, one for each disk."""
+    """Belongs to the event loop; probes run in threads of their own, so many that hanging ones hold up no others."""
 
-    def __init__(self, files: Files, space: Space) -> None:
+    def __init__(self, files: Files, space: Space, lost: Callable[[Disk], None]) -> None:
+        """`lost` is told of a disk that is lost, before its blocks go."""
         self._files = files
         self._space = space
+        self._lost = lost
         self.probe_deadline_s = PROBE_DEADLINE_S
         self.pause_s = PAUSE_S
-        self._pool = IoPool(len(space.disks), "kvstore-probe", len(space.disks))
+        self._pool = IoPool(PROBES * len(space.disks), "kvstore-probe", 2 * PROBES * len(space.disks))
         self._probing: dict[int, asyncio.Task[None]] = {}  # by the disk's position
 
     def failed(self, disk: Disk, error: BaseException) -> None:
@@ -49,23 +52,27 @@ class DiskWatch:
         self._pool.close()
 
     async def _probe(self, disk: Disk) -> None:
-        event, reason = await self._probe_once(disk)
-        for _ in range(PROBES - 1):
-            if event in ("works", "hangs"):
-                break
-            await asyncio.sleep(self.pause_s)
-            event, reason = await self._probe_once(disk)
+        for attempt in range(PROBES):
+            if attempt:
+                await asyncio.sleep(self.pause_s)
+            event, reason = "read_failed", await self._answer(disk.probe_read)
+            if not reason:
+                event, reason = "write_failed", await self._answer(disk.probe_write)
+            if not reason:
+                return
         if not disk.step(event, reason):
             return
         if disk.state is DiskState.LOST:
+            self._lost(disk)
             await self._space.lose(disk)
         else:
             await self._space.seal(disk)
 
-    async def _probe_once(self, disk: Disk) -> tuple[str, str]:
-        batch = self._pool.submit([partial(disk.probe, self._files)])
+    async def _answer(self, probe: Callable[[Files], str]) -> str:
+        """Why the probe failed; empty: it didn't."""
+        batch = self._pool.submit([partial(probe, self._files)])
         await asyncio.wait([batch.done], timeout=self.probe_deadline_s)
         if not batch.done.done():
-            return "hangs", f"no answer for {self.probe_deadline_s:g} s"
+            return f"no answer for {self.probe_deadline_s:g} s"
         (result,) = batch.done.result()
-        return ("read_failed", repr(result)) if isinstance(result, BaseException) else result
+        return repr(result) if isinstance(result, BaseException) else result

@@ -6,20 +6,18 @@ looks for one block. A directory that a process has is refused (`Unavailable`); 
 from starting meanwhile.
 """
 
-import fcntl
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
 from common.disk.pages import aligned
-from common.errors import SettingsError, Unavailable
 from common.transport.memory import crc32c
+from services.kvstore.checkpoint import SUFFIX as CHECKPOINT_SUFFIX
 from services.kvstore.disk import NAMESPACES_FOLDER, STORE_NAME, read_identity
-from services.kvstore.files import LOCK_NAME, Files
+from services.kvstore.files import Files
+from services.kvstore.raw_segments import Pace, locked, open_raw, raw_slots, read_raw
 from services.kvstore.record import (
     PAGE_BYTES,
     Geometry,
@@ -27,12 +25,10 @@ from services.kvstore.record import (
     SlotHeader,
     StoreIdentity,
     Unreadable,
-    decode_segment,
     decode_slot,
 )
 from services.kvstore.segment import SUFFIX
 
-READ_BYTES = 4 << 20  # small slots are read so many bytes at once
 PROBLEMS_MAX = 1000  # kept in words; all are counted
 Progress = Callable[[int, int], None]  # bytes read, bytes to read
 
@@ -88,10 +84,10 @@ def survey(
     found = Survey()
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
         segments = [path for folder in folders for path in _segments(files, folder, found)]
         found.file_bytes = sum(path.stat().st_size for path in segments)
-        pace = _Pace(bytes_per_s)
+        pace = Pace(bytes_per_s)
         keys: dict[str, set[bytes]] = {}
         for path in segments:
             for header in _survey_segment(files, path, found, payloads, pace):
@@ -111,14 +107,14 @@ def find_block(folders: Sequence[Path], key: bytes, *, files: Files | None = Non
     best: BlockOnDisk | None = None
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
         for path in [path for folder in folders for path in _segments(files, folder, Survey())]:
-            opened = _open(files, path)
+            opened = open_raw(files, path)
             if not isinstance(opened, tuple):
                 continue
             fd, segment = opened
             try:
-                for slot, data in _slots(files, fd, segment.geometry, payloads=False):
+                for slot, data in raw_slots(files, fd, segment.geometry, payloads=False):
                     header = decode_slot(data) if not isinstance(data, OSError) else None
                     newer = isinstance(header, SlotHeader) and (best is None or header.sequence > best.header.sequence)
                     if isinstance(header, SlotHeader) and header.key == key and newer:
@@ -126,42 +122,6 @@ def find_block(folders: Sequence[Path], key: bytes, *, files: Files | None = Non
             finally:
                 files.close(fd)
     return best
-
-
-class _Pace:
-    """Sleeps so that reads stay under a bandwidth."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._free_at_s = time.monotonic()
-
-    def read(self, length: int) -> None:
-        if self._bytes_per_s:
-            self._free_at_s = max(self._free_at_s, time.monotonic()) + length / self._bytes_per_s
-            time.sleep(max(0.0, self._free_at_s - time.monotonic()))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if not (folder / NAMESPACES_FOLDER).is_dir():
-        raise SettingsError(f"{folder} is no store: expected a data folder of a kvstore, with {NAMESPACES_FOLDER}/ in it")
-    try:
-        fd = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield  # copied from somewhere: no process can have it
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(fd, 64, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise Unavailable(
-            f"{folder} is in use by process {owner}: stop it first, or ask it (penstock store stat, scrub)"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(fd)
 
 
 def _segments(files: Files, folder: Path, found: Survey) -> list[Path]:
@@ -185,14 +145,14 @@ def _segments(files: Files, folder: Path, found: Survey) -> list[Path]:
         for path in sorted(namespace.iterdir()):
             if path.suffix == SUFFIX:
                 segments.append(path)
-            else:
+            elif path.suffix != CHECKPOINT_SUFFIX:
                 found.notes.append(f"{path}: not a segment")
     return segments
 
 
-def _survey_segment(files: Files, path: Path, found: Survey, payloads: bool, pace: _Pace) -> Iterator[SlotHeader]:
+def _survey_segment(files: Files, path: Path, found: Survey, payloads: bool, pace: Pace) -> Iterator[SlotHeader]:
     """The headers of a segment's good slots; what is wrong goes to `found`."""
-    opened = _open(files, path)
+    opened = open_raw(files, path)
     if isinstance(opened, str):
         found.problem(f"{path}: {opened}")
         return
@@ -205,7 +165,7 @@ def _survey_segment(files: Files, path: Path, found: Survey, payloads: bool, pac
         known.segments += 1
         if files.size(fd) < geometry.segment_bytes:
             found.problem(f"{path}: {files.size(fd)} bytes, its header says {geometry.segment_bytes}")
-        for slot, data in _slots(files, fd, geometry, payloads=payloads):
+        for slot, data in raw_slots(files, fd, geometry, payloads=payloads):
             length = geometry.slot_bytes if payloads else PAGE_BYTES
             found.read_bytes += length
             pace.read(length)
@@ -235,63 +195,11 @@ def _judged(data: memoryview | OSError, segment: SegmentHeader, slot: int, paylo
     return header
 
 
-def _open(files: Files, path: Path) -> tuple[int, SegmentHeader] | str:
-    """A segment for reading past the page cache where that works, or why it is none."""
-    try:
-        try:
-            fd = files.open(path, os.O_RDONLY | os.O_DIRECT)
-        except OSError:
-            fd = files.open(path, os.O_RDONLY)
-    except OSError as error:
-        return str(error)
-    page = aligned(PAGE_BYTES)
-    try:
-        header = decode_segment(page) if files.read(fd, [page], 0) == PAGE_BYTES else Unreadable.DAMAGED
-    except OSError as error:
-        header = Unreadable.DAMAGED
-        files.close(fd)
-        return str(error)
-    wrong = ""
-    if isinstance(header, Unreadable):
-        wrong = f"segment page is {header.name.lower()}"
-    elif header.namespace.hex() != path.parent.name or f"{header.segment:08d}" != path.stem:
-        wrong = f"segment page is foreign: segment {header.segment} of {header.namespace.hex()}"
-    if wrong or isinstance(header, Unreadable):
-        files.close(fd)
-        return wrong
-    return fd, header
-
-
-def _slots(files: Files, fd: int, geometry: Geometry, *, payloads: bool) -> Iterator[tuple[int, memoryview | OSError]]:
-    """Every slot, or (without payloads) its header page, valid until the next one; or why it can't be read."""
-    length = geometry.slot_bytes if payloads else PAGE_BYTES
-    at_once = max(1, READ_BYTES // geometry.slot_bytes) if payloads else 1
-    buffer = aligned(at_once * length)
-    for first in range(0, geometry.slots_per_segment, at_once):
-        count = min(at_once, geometry.slots_per_segment - first)
-        together = _read(files, fd, buffer[: count * length], geometry.slot_offset(first))
-        for i in range(count):
-            piece = buffer[i * length : (i + 1) * length]
-            if isinstance(together, OSError) and count > 1:
-                alone = _read(files, fd, piece, geometry.slot_offset(first + i))
-                yield first + i, alone if isinstance(alone, OSError) else piece
-            else:
-                yield first + i, together if isinstance(together, OSError) else piece
-
-
-def _read(files: Files, fd: int, into: memoryview, offset: int) -> int | OSError:
-    try:
-        got = files.read(fd, [into], offset)
-    except OSError as error:
-        return error
-    return got if got == len(into) else OSError(f"short read of {got} of {len(into)} bytes at {offset}")
-
-
 def _block(files: Files, fd: int, path: Path, geometry: Geometry, slot: int, header: SlotHeader) -> BlockOnDisk:
     offset = geometry.slot_offset(slot)
     image = aligned(geometry.slot_bytes)
     payload: bytes | None = None
-    if not isinstance(_read(files, fd, image, offset), OSError):
+    if not isinstance(read_raw(files, fd, image, offset), OSError):
         held = bytes(image[PAGE_BYTES : PAGE_BYTES + header.payload_bytes])
         payload = held if crc32c(held) == header.payload_crc32c else None
     return BlockOnDisk(header, path, offset, payload)

@@ -107,7 +107,7 @@ class Segment:
             return checksum
 
         buffers = [into] if tail is None else [into[:whole], tail] if whole else [tail]
-        return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check)
+        return Transfer(Op.READ, self._fd, buffers, self.payload_offset(slot), check, self.disk)
 
     def reading_fd(self) -> int:
         """A descriptor of the file that can't be written through, for readers in other processes. Raises `OSError`."""
@@ -117,7 +117,7 @@ class Segment:
 
     def header_read(self, slot: int, page: memoryview, check: Callable[[], int]) -> Transfer:
         """Fills `page` (aligned) with the slot page."""
-        return Transfer(Op.READ, self._fd, [page], self.geometry.slot_offset(slot), check)
+        return Transfer(Op.READ, self._fd, [page], self.geometry.slot_offset(slot), check, self.disk)
 
     def chunks_read(self, slot: int, into: memoryview, start: int, chunks: Chunks) -> Transfer:
         """Fills `into` (aligned, whole pages) with verified chunks, from byte `start` of the payload."""
@@ -127,17 +127,17 @@ class Segment:
                 raise self.corrupt(slot)
             return len(into)
 
-        return Transfer(Op.READ, self._fd, [into], self.payload_offset(slot) + start, check)
+        return Transfer(Op.READ, self._fd, [into], self.payload_offset(slot) + start, check, self.disk)
 
     def slot_write(self, slot: int, image: memoryview) -> Transfer:
         """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
         assert len(image) == self.geometry.slot_bytes
         assert not self.checkpointed, f"{self.path} is written to under its checkpoint"
-        return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot))
+        return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot), device=self.disk)
 
     def sync_transfer(self) -> Transfer:
         """Makes durable what was written before."""
-        return Transfer(Op.SYNC, self._fd)
+        return Transfer(Op.SYNC, self._fd, device=self.disk)
 
     def corrupt(self, slot: int) -> CorruptPayload:
         return CorruptPayload(f"slot {slot} of {self.path}")

@@ -43,8 +43,8 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         Literal["auto", "io_uring", "threads"],
         Meta(description="how disk I/O is done; auto: io_uring where kernel and container allow it, else threads"),
     ] = "auto"
-    read_depth: Annotated[int, Meta(ge=1, le=256, description="disk reads at once")] = 32
-    write_depth: Annotated[int, Meta(ge=1, le=256, description="disk writes at once")] = 16
+    read_depth: Annotated[int, Meta(ge=1, le=256, description="reads at once on each disk")] = 32
+    write_depth: Annotated[int, Meta(ge=1, le=256, description="writes at once on each disk")] = 16
     pending_reads_max: Annotated[int, Meta(ge=1, description="disk reads that may queue; more fail at once")] = 65_536
     reserved_bytes_max: Annotated[
         int, Meta(ge=1 << 20, description="space reserved and not yet written, of all writers; more is dropped")

@@ -21,7 +21,8 @@ from pathlib import Path
 import msgspec
 
 from common.blocks import KEY_BYTES, Namespace
-from common.disk.engine import open_engine
+from common.disk.devices import DeviceEngines
+from common.disk.engine import Engine, open_engine
 from common.disk.io_pool import IoPool
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
@@ -52,6 +53,7 @@ from services.kvstore.writer import Outcome, SlotWrite, Writer
 
 log = Log("store")
 EPOCH_BYTES = 16
+WRITE_LATE_S = 15.0  # then the disk is probed; the write is waited for all the same
 EXPIRY_POLL_S = 0.25  # while draining
 _FILE_THREADS = 4  # segments being made or removed, headers being erased
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
@@ -93,12 +95,8 @@ class Store:
         self.draining = False
         self._files = files or Files()
         self.disks = open_disks(self._files, folders, budget_bytes=options.budget_bytes, direct=options.direct)
-        self.readers = open_engine(
-            self._files, options.io, label="kvstore-read", depth=options.read_depth, pending_max=options.pending_reads_max
-        )
-        self.writers = open_engine(
-            self._files, options.io, label="kvstore-write", depth=options.write_depth, pending_max=_PENDING_WRITES_MAX
-        )
+        self.readers = self._engines("kvstore-read", options.read_depth, options.pending_reads_max)
+        self.writers = self._engines("kvstore-write", options.write_depth, _PENDING_WRITES_MAX)
         self.files_pool = IoPool(_FILE_THREADS, "kvstore-files", _PENDING_WRITES_MAX)
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
@@ -116,13 +114,19 @@ class Store:
             tenants=self.tenants,
         )
         self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, self.time_s)
-        self.watch = DiskWatch(self._files, self.space)
+        self.watch = DiskWatch(self._files, self.space, lambda disk: self.writer.close_numbers(disk.position))
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
         doorkeeper = Doorkeeper() if options.admission == "second_touch" else None
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max, doorkeeper)
         self._lease_ended = asyncio.Event()
         self._erasing: set[asyncio.Task[bool]] = set()
+
+    def _engines(self, label: str, depth: int, pending_max: int) -> Engine:
+        """One engine for each disk, behind one face."""
+        choice = self.options.io
+        engines = [open_engine(self._files, choice, label=label, depth=depth, pending_max=pending_max) for _ in self.disks]
+        return engines[0] if len(engines) == 1 else DeviceEngines(engines, pending_max)
 
     @classmethod
     def open(
@@ -291,7 +295,11 @@ class Store:
     async def write(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
         """Durable writes of slots that leases own; one outcome each."""
         refused = await self.checkpoints.open_for_writing({write.segment for write in writes})
-        outcomes = iter(await self.writer.write([write for write in writes if write.segment not in refused]))
+        writing = asyncio.create_task(self.writer.write([write for write in writes if write.segment not in refused]))
+        while not (await asyncio.wait([writing], timeout=WRITE_LATE_S))[0]:
+            for segment in {write.segment for write in writes}:
+                self.io_failed(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
+        outcomes = iter(writing.result())
         return [Outcome(0, refused[write.segment]) if write.segment in refused else next(outcomes) for write in writes]
 
     def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:

@@ -4,7 +4,8 @@
    open at once, which is what lets a restart know which blocks may be torn.
 2. Each slot image (header page, payload, padding) is one write.
 3. One sync per segment follows. Batches that come meanwhile share the next one (group commit).
-4. The numbers are closed, whatever the outcome.
+4. The numbers are closed, whatever the outcome; and when their disk is lost, so that writes that never come back hold up
+   no others. A restart goes by each disk's own last number (scan.py), and nothing is written to a lost disk any more.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from common.errors import Overloaded
 from services.kvstore.scan import WINDOW
 from services.kvstore.segment import Segment
 
-BATCH_MAX = 64  # slots that share one entry into the window
+BATCH_MAX = 64  # slots of one disk that share one entry into the window
 
 
 class SlotWrite(msgspec.Struct, frozen=True):
@@ -43,7 +44,7 @@ class Writer:
         self._engine = engine
         self.next_sequence = 1
         self._durable = durable
-        self._open: dict[int, None] = {}  # sequence numbers in order
+        self._open: dict[int, int] = {}  # sequence numbers in order -> disk
         self._entering = asyncio.Lock()
         self._room = asyncio.Event()
         self._syncs: dict[int, _GroupSync] = {}
@@ -54,12 +55,18 @@ class Writer:
 
     async def write(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
         """One outcome per write, in order. Never raises for a write."""
-        batches = [writes[i : i + BATCH_MAX] for i in range(0, len(writes), BATCH_MAX)]
-        outcomes = await asyncio.gather(*(self._write_batch(batch) for batch in batches))
-        return [outcome for batch in outcomes for outcome in batch]
+        by_disk: dict[int, list[int]] = {}
+        for i, write in enumerate(writes):
+            by_disk.setdefault(write.segment.disk, []).append(i)
+        batches = [places[i : i + BATCH_MAX] for places in by_disk.values() for i in range(0, len(places), BATCH_MAX)]
+        outcomes = await asyncio.gather(*(self._write_batch([writes[i] for i in batch]) for batch in batches))
+        settled = {
+            i: outcome for batch, done in zip(batches, outcomes, strict=True) for i, outcome in zip(batch, done, strict=True)
+        }
+        return [settled[i] for i in range(len(writes))]
 
     async def _write_batch(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
-        numbers = await self._enter(len(writes))
+        numbers = await self._enter([write.segment.disk for write in writes])
         try:
             for write, number in zip(writes, numbers, strict=True):
                 write.seal(number)
@@ -76,17 +83,23 @@ class Writer:
             ]
         finally:
             for number in numbers:
-                del self._open[number]
+                self._open.pop(number, None)
             self._room.set()
 
-    async def _enter(self, count: int) -> range:
+    def close_numbers(self, disk: int) -> None:
+        """The disk at this position is lost."""
+        self._open = {number: place for number, place in self._open.items() if place != disk}
+        self._room.set()
+
+    async def _enter(self, disks: Sequence[int]) -> range:
+        count = len(disks)
         async with self._entering:
             while self._open and self.next_sequence + count - next(iter(self._open)) > WINDOW:
                 self._room.clear()
                 await self._room.wait()
             numbers = range(self.next_sequence, self.next_sequence + count)
             self.next_sequence += count
-            self._open |= dict.fromkeys(numbers)
+            self._open |= zip(numbers, disks, strict=True)
             return numbers
 
     async def _sync(self, segment: Segment) -> BaseException | None:

@@ -169,4 +169,5 @@ def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
 def store_info(info: StoreInfo) -> PeerInfo:
     values = msgspec.structs.asdict(info)
     counters = {name: value for name, value in values.items() if type(value) is int}
+    counters["disks_failed"] = sum(disk.state != "serving" for disk in info.disks)
     return PeerInfo(role="kvstore", id=info.id, epoch=info.epoch.hex(), draining=info.draining, store=counters)

@@ -91,7 +91,7 @@ async def test_check_of_a_good_store_changes_nothing_and_says_so(tmp_path: Path,
     assert files_of(tmp_path) == before
     said = await store("check", "--folder", str(folders[0]), "--folder", str(folders[1]), "--json", "--mib-per-s", "1000")
     found = json.loads(said.out)
-    assert found["blocks"] == 40 and found["problems"] == [] and found["read_bytes"] > 40 * 4096
+    assert found["blocks"] == 40 and found["problems"] == found["notes"] == [] and found["read_bytes"] > 40 * 4096
     assert found["namespaces"][NAMESPACE]["blocks"] == 20
 
 

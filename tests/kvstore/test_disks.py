@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from common.errors import Unavailable
 from common.transport.interface import PartStatus
 from services.kvstore import disk_watch
+from services.kvstore import store as store_module
 from services.kvstore.budget import Room, budget_that_fits, split
 from services.kvstore.disk import DiskState, read_identity
 from services.kvstore.files import Files
 from services.kvstore.identity import Claim, seat
 from services.kvstore.record import StoreIdentity, Unreadable
+from services.kvstore.scan import WINDOW
 from tests.kvstore.faulty import FailingFiles
 from tests.kvstore.support import NAMESPACE, OTHER, SEGMENT_BYTES, Rig, bytes_on_disk, chain, offers, options, rig, slot_offset
 
@@ -392,6 +394,38 @@ async def test_a_disk_that_hangs_is_given_up(tmp_path: Path) -> None:
         assert one.stored() == {key for key, disk in zip(keys, [0, 1, 2] * 3, strict=True) if disk != 1}
 
 
+async def test_writes_that_never_come_back_hold_up_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "WRITE_LATE_S", 0.1)
+    keys, files, release = chain(9), FailingFiles(), threading.Event()
+
+    def hang(*_: object) -> int | None:
+        release.wait()
+        return None
+
+    async with rig(folders(tmp_path), three(budget_bytes=60 * SEGMENT_BYTES, reserved_bytes_max=1 << 30), files=files) as one:
+        await one.put(keys)
+        on_the_lost = {key for key, disk in zip(keys, disks_of(one, keys), strict=True) if disk == 1}
+        room = await one.store.reserve(NAMESPACE, offers(chain(30, "room")), None)
+        assert room.token is not None
+        one.store.release(room.token)  # every disk has free slots now
+        one.store.watch.probe_deadline_s = 2.0
+        for call in ("read", "write", "sync"):
+            files.fail[call] = on_folder(folders(tmp_path)[1], hang)
+        try:
+            stuck = asyncio.create_task(one.put(chain(9, "stuck")))
+            async with asyncio.timeout(50):
+                while one.store.disks[1].state is not DiskState.LOST:
+                    await asyncio.wait([asyncio.create_task(one.store.watch.settle())], timeout=0.01)
+                for i in range(22):  # numbers go on past the window, though those of the stuck writes were never closed
+                    assert set(await one.put(chain(50, f"chain{i}"))) == {OK}
+            assert one.store.writer.next_sequence > WINDOW + 9 and not stuck.done()
+        finally:
+            release.set()
+        await stuck
+    async with rig(folders(tmp_path), three(budget_bytes=60 * SEGMENT_BYTES)) as one:
+        assert await one.readable(keys) >= on_the_lost
+
+
 async def test_an_unmounted_directory_is_lost_after_its_first_error(tmp_path: Path) -> None:
     keys, files = chain(9), FailingFiles()
     async with rig(folders(tmp_path), three(), files=files) as one:
@@ -416,3 +450,64 @@ async def test_a_lost_disk_under_a_lease_leaves_everything_accounted_for(tmp_pat
         await one.store.settle()
         one.store.release(found.token)
         await one.put(chain(9, "later"))
+
+
+def truncate(segment: Path) -> None:
+    os.truncate(segment, 4096 + 12288 + 100)
+
+
+def copy_from_another_disk(segment: Path) -> None:
+    """A segment that says it is another one."""
+    shutil.copy(segment, segment.with_name("00000077.seg"))
+
+
+def add_rubbish(segment: Path) -> None:
+    segment.with_name("00000055.seg").write_bytes(b"\xff" * 20_000)
+    segment.with_name("readme").write_text("mine")
+    segment.with_name("00000056.tmp").write_bytes(b"begun")
+    (segment.parent.parent / "not a namespace").mkdir()
+
+
+FAULTS: dict[str, Callable[[Path], None]] = {
+    "truncated": truncate,
+    "missing": Path.unlink,
+    "misnamed": copy_from_another_disk,
+    "extra": add_rubbish,
+    "empty": lambda segment: os.truncate(segment, 0),
+    "zeroed": lambda segment: segment.write_bytes(bytes(segment.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_damaged_files_on_one_disk_cost_only_their_own_blocks(tmp_path: Path, fault: str) -> None:
+    keys = chain(30)
+    async with rig(folders(tmp_path), three()) as one:
+        await one.put(keys)
+        where = disks_of(one, keys)
+        await one.store.drain(1.0)  # a clean end: checkpoints are there
+    FAULTS[fault](sorted((tmp_path / "ssd1").rglob("*.seg"))[0])
+    async with rig(folders(tmp_path), three()) as one:
+        assert [disk.state for disk in one.store.disks] == [DiskState.SERVING] * 3
+        readable = await one.readable(keys)
+        assert readable >= {key for key, disk in zip(keys, where, strict=True) if disk != 1}
+        await one.store.settle()
+        await one.put(keys)
+        assert len(await one.get(keys)) == 30
+        assert all(bytes_on_disk(disk.folder) <= disk.budget_bytes for disk in one.store.disks)
+
+
+async def test_segments_that_cannot_be_written_on_one_disk_are_served(tmp_path: Path) -> None:
+    keys, files = chain(30), FailingFiles()
+    async with rig(folders(tmp_path), three()) as one:
+        await one.put(keys)
+
+    def refuse(path: Path, flags: int) -> int | None:
+        if path.suffix == ".seg" and flags & os.O_RDWR:
+            raise OSError(errno.EACCES, "read-only file")
+        return None
+
+    files.fail["open"] = on_folder(folders(tmp_path)[1], refuse)
+    async with rig(folders(tmp_path), three(), files=files) as one:
+        assert len(await one.get(keys)) == 30
+        later = chain(8, "later")
+        assert await one.put(later) == [OK] * 8

@@ -11,6 +11,7 @@ import pytest
 
 from common.disk import ring as ring_module
 from common.disk.batch import NotStarted
+from common.disk.devices import DeviceEngines
 from common.disk.engine import Engine, Machine, open_engine
 from common.disk.pages import PAGE_BYTES, aligned
 from common.disk.ring import Ring, RingUnavailable, open_ring
@@ -26,13 +27,16 @@ def files() -> FailingFiles:
     return FailingFiles()
 
 
-@pytest.fixture(params=["io_uring", "threads"])
+@pytest.fixture(params=["io_uring", "threads", "io_uring of several", "threads of several"])
 def engine(request: pytest.FixtureRequest, files: FailingFiles) -> Iterator[Engine]:
+    name, _, several = request.param.partition(" of ")
     try:
-        made = open_engine(files, request.param, label="test", depth=2, pending_max=10)
+        made = open_engine(files, name, label="test", depth=2, pending_max=10)
+        if several:
+            made = DeviceEngines([made, open_engine(files, name, label="other", depth=2, pending_max=10)], 10)
     except SettingsError as error:
         pytest.skip(str(error))
-    assert made.name == request.param
+    assert made.name == name
     yield made
     made.close()
 
@@ -143,6 +147,28 @@ async def test_pending_transfers_are_bounded(engine: Engine, fd: int, files: Fai
         engine.submit([read(fd, 1)])
     gate.opened.set()
     assert await batch.done == [PAGE_BYTES] * 10
+
+
+async def test_a_device_that_hangs_holds_up_only_its_own(files: FailingFiles, fd: int, tmp_path: Path) -> None:
+    gate = Gate()
+    path = tmp_path / "hanging"
+    path.write_bytes(bytes(PAGE_BYTES))
+    hanging = os.open(path, os.O_RDONLY)
+    files.fail["read"] = lambda at, *_: gate() if at == hanging else None
+    engine = DeviceEngines([open_engine(files, "auto", label="test", depth=2, pending_max=99) for _ in range(2)], 99)
+    stuck = engine.submit([Transfer(Op.READ, hanging, [aligned(PAGE_BYTES)], device=1)] * 8)
+    for _ in range(2):
+        await asyncio.to_thread(gate.entered.acquire)
+    assert await engine.submit([read(fd, page) for page in range(8)]).done == [PAGE_BYTES] * 8
+    mixed = engine.submit([read(fd, 0), Transfer(Op.READ, hanging, [aligned(PAGE_BYTES)], device=1)], 0.02)
+    engine.abandon(stuck)
+    result = await asyncio.wait_for(mixed.done, 30)
+    assert result[0] == PAGE_BYTES and isinstance(result[1], NotStarted)
+    gate.opened.set()
+    assert [type(one) for one in await stuck.done] == [int] * 2 + [NotStarted] * 6
+    assert engine.pending == 0
+    engine.close()
+    os.close(hanging)
 
 
 async def test_batches_take_turns(engine: Engine, fd: int, files: FailingFiles) -> None:
