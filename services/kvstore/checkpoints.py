@@ -5,8 +5,9 @@
   the scan of those segments only that were being written to.
 - A clean end saves all that have none (`save_all`), so that the next start reads no segment.
 
-One change of a segment runs at a time (`Segment.changing`), and what a checkpoint tells is gathered inside of it: between
-that moment and the next write to the segment nothing changes but that blocks are evicted, and finding those again is harmless.
+One change of a segment runs at a time (`Segment.changing`). What a checkpoint tells is gathered inside of it, and in the same moment
+the segment counts as checkpointed: between that and the next write to the segment, which waits for the change and discards the
+checkpoint first, nothing changes but that blocks are evicted, and finding those again is harmless.
 """
 
 import asyncio
@@ -91,6 +92,7 @@ class Checkpoints:
             entries = shelf.entries(position)
             if entries is None:
                 return
+            segment.checkpointed = True  # before anything else runs: whoever writes from now on waits, and discards it
             error = await self._run(partial(_save, self._files, segment, Checkpoint(entries, self._time_s())))
             if error is not None:
                 segment.written_s = self._clock()  # not again at once

@@ -187,6 +187,30 @@ def test_on_a_full_disk_prompts_are_served_and_nothing_is_stored(directory: Path
         assert stored_blocks(cluster) == 0
 
 
+def test_killed_all_at_once_while_blocks_are_written_the_cluster_comes_back_with_the_oracles_tokens(
+    directory: Path, tmp_path: Path
+) -> None:
+    """Every process, by SIGKILL, the moment the last answer is there; the store is striped over two folders."""
+    prompts = [prompt_of(50 + 30 * i, seed=20 + i) for i in range(4)]
+    flags = ("--data", str(tmp_path / "kv2"))
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS, kvstore_flags=flags) as cluster:
+        for prompt in prompts:
+            check(directory, prompt, ask(cluster, prompt))
+        for name in list(cluster.services):
+            cluster.kill_one(name)
+        cluster.start()
+        for prompt in prompts:
+            check(directory, prompt, ask(cluster, prompt))
+        settled(cluster, sum(len(prompt) // BLOCK_TOKENS for prompt in prompts))
+        for prompt in prompts:
+            answer = ask(cluster, prompt)
+            check(directory, prompt, answer)
+            assert answer.cached_tokens == (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert _corrupt_blocks(cluster) == 0
+        assert all(list((tmp_path / name).rglob("*.seg")) for name in ("kv", "kv2"))
+        quiet(cluster)
+
+
 def test_without_a_kvstore_prompts_are_recomputed(directory: Path, tmp_path: Path) -> None:
     prompt = prompt_of(100, seed=6)
     with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:

@@ -1,5 +1,7 @@
 """Checkpoints: a start believes them only where nothing was written since; otherwise they cost a scan, never a block."""
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -180,6 +182,26 @@ async def test_a_segment_that_is_quiet_gets_a_checkpoint(tmp_path: Path) -> None
         assert len(checkpoint_files(tmp_path)) == 1
         assert await one.put(chain(4)) == [*[2] * 3, PartStatus.OK]
         assert not checkpoint_files(tmp_path)
+
+
+async def test_a_write_waits_for_a_checkpoint_that_is_about_to_be_saved_and_discards_it(tmp_path: Path) -> None:
+    """Found by the crash loop: what was written while the saving was queued was lost at the next start."""
+    clock, gate = Clock(), threading.Event()
+    async with rig(tmp_path, clock=clock) as one:
+        assert await one.put(chain(CAPACITY, "old")) == [PartStatus.OK] * CAPACITY  # all segments are full
+        clock.now += QUIET_S + 1
+        held = [one.store.files_pool.submit([lambda: gate.wait(30)]) for _ in range(8)]  # every thread is busy
+        one.store.sweep()
+        writing = asyncio.create_task(one.put(chain(CAPACITY, "new")))
+        await asyncio.wait([writing], timeout=0.2)  # time enough for one that doesn't wait
+        gate.set()
+        assert await writing == [PartStatus.OK] * CAPACITY
+        for batch in held:
+            await batch.done
+        await one.store.settle()
+        assert not checkpoint_files(tmp_path)
+    async with rig(tmp_path) as one:
+        assert len(await one.get(chain(CAPACITY, "new"))) == CAPACITY
 
 
 async def test_a_checkpoint_goes_with_its_segment_and_one_left_behind_is_not_believed_by_the_next(tmp_path: Path) -> None:
