@@ -56,4 +56,4 @@ MODES = {
 ABLATION = ("basic", "layerwise", "dual", "scheduler", "full", "oracle")
 ONLINE_MODES = ("basic", "full")
 ONE_REQUEST_MODES = (*map(str, _SINGLES), "full")
-CROSSING_MODES = (str(Plan.RECOMPUTE), str(Plan.STORAGE_TO_PREFILL), str(Plan.SPLIT), "full")
+CROSSING_MODES = (str(Plan.RECOMPUTE), str(Plan.SPLIT), "full")

@@ -80,8 +80,8 @@ def test_online_ratio_compares_the_highest_rates_within_the_objective() -> None:
 
 def test_crossing_compares_with_the_better_of_the_two() -> None:
     jobs = [
-        measured(mode, "crossing", step=RATE, samples=[sample(0, ttft)])
-        for mode, ttft in (("storage_to_prefill", 4.0), ("storage_to_decode", 2.0), ("recompute", 1.0), ("full", 1.05))
+        measured(mode, "crossing", step=step, samples=[sample(0, ttft)])
+        for mode, step, ttft in (("split", RATE, 4.0), ("direct", RATE, 2.0), ("full", RATE, 1.05), ("recompute", 0.0, 1.0))
     ]
     (point,) = conclusions.crossings(jobs)
     assert (point.load_s, point.recompute_s, point.over_better) == (2.0, 1.0, 1.05)
