@@ -7,7 +7,7 @@ The ablation adds one thing at a time, in the paper's order (arXiv 2602.21548, i
     dual        ... storage->prefill or storage->decode, a request as a whole, by the shorter read queue
     scheduler   ... workers by the paper's alpha, beta and Z
     full        what the paper leaves open: every plan, by the earliest estimated finish
-    oracle      full, and loads cost nothing
+    oracle      scheduler, and loads cost nothing: what computing alone takes. (Estimates have no place there: no load is ever measured.)
 
 The others allow one plan each, by the scheduler that asks no estimate.
 """
@@ -49,7 +49,7 @@ MODES = {
         Mode("dual", "and storage to decode, a request as a whole, by the shorter read queue", (*_EITHER, LAYERWISE, SCHEDULER, "round_robin")),
         Mode("scheduler", "and workers by the paper's rules", (*_EITHER, LAYERWISE, SCHEDULER, "paper")),
         Mode("full", "every plan, by the earliest estimated finish", _ALL),
-        Mode("oracle", "and loads cost nothing (simulated)", _ALL, ("--simulate-free-loads",)),
+        Mode("oracle", "as scheduler, and loads cost nothing (simulated)", (*_EITHER, LAYERWISE, SCHEDULER, "paper"), ("--simulate-free-loads",)),
         *(_only(plan) for plan in _SINGLES),
     )
 }  # fmt: skip
