@@ -107,13 +107,13 @@ def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
 
 
 def crossings(here: Sequence[Measured]) -> list[Crossing]:
-    """One point per storage rate at which loading and ours were measured; recomputing has no rate."""
+    """One point per storage rate at which all three sides were measured."""
     ttft = {(one.mode, one.step): median_ttft_s(one) for one in here}
     out = []
-    for rate in sorted({step for _, step in ttft if step}):
-        loads = [ttft[mode, step] for mode, step in ttft if step == rate and mode != FULL]
-        if loads and (RECOMPUTE, 0.0) in ttft and (FULL, rate) in ttft:
-            out.append(Crossing(rate, min(loads), ttft[RECOMPUTE, 0.0], ttft[FULL, rate]))
+    for rate in sorted({step for _, step in ttft}):
+        loads = [ttft[mode, step] for mode, step in ttft if step == rate and mode not in (FULL, RECOMPUTE)]
+        if loads and (RECOMPUTE, rate) in ttft and (FULL, rate) in ttft:
+            out.append(Crossing(rate, min(loads), ttft[RECOMPUTE, rate], ttft[FULL, rate]))
     return out
 
 

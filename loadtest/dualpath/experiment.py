@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 
-from common.routes import Plan
 from loadtest.dualpath import model, trajectories
 from loadtest.dualpath.cluster import Cluster, copy_store
 from loadtest.dualpath.figures import Slo, figures
@@ -91,7 +90,7 @@ class Experiment:
         for mode in modes:
             if self._results.get("offline", self._lab.topology, mode) is None:
                 with self._cluster(mode) as cluster:
-                    self._prime(cluster)
+                    self._prime(cluster, mode)
                     self._measure(cluster, self._agents, [0.0] * len(self._agents), "offline", mode)
 
     def online(self, modes: Sequence[str]) -> None:
@@ -99,7 +98,7 @@ class Experiment:
         per_agent = self._size.online_turns * self._size.statistics.context * model.kv_bytes_per_token(model.shape())
         for mode in modes:
             with self._cluster(mode) as cluster:
-                self._prime(cluster)
+                self._prime(cluster, mode)
                 links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
                 guess = round(0.9 * links * STORAGE_BYTES_PER_S / per_agent, 2)
                 found = capacity(functools.partial(self._trial, cluster, mode), guess)
@@ -108,30 +107,29 @@ class Experiment:
     def one_request(self, modes: Sequence[str]) -> None:
         """One long prompt at a time on an idle cluster, from each source and from all."""
         left = [mode for mode in modes if self._results.get("one-request", self._lab.topology, mode) is None]
-        for mode, cluster in self._one_cluster(left):
-            self._prime(cluster)
-            self._singles(cluster, self._long, "one-request", mode)
+        if not left:
+            return
+        with self._cluster(*left) as cluster:
+            for mode in left:
+                self._prime(cluster, mode)
+                self._singles(cluster, self._long, "one-request", mode)
 
     def crossing(self, modes: Sequence[str]) -> None:
-        """The storage links' rate from far below to far above the speed of recomputing, which is measured once: no link has a part in it."""
-        recompute = str(Plan.RECOMPUTE)
-        wanted = [(mode, rate) for mode in modes for rate in ((0.0,) if mode == recompute else CROSSING_BYTES_PER_S)]
-        left = [pair for pair in wanted if self._results.get("crossing", self._lab.topology, *pair) is None]
-        for mode, cluster in self._one_cluster(list(dict.fromkeys(mode for mode, _ in left))):
-            for rate in (rate for its, rate in left if its == mode):
-                self._lab.shape(Rates(rate, COMPUTE_OVER_STORAGE * max(rate, STORAGE_BYTES_PER_S)) if rate else self._rates)
-                self._prime(cluster)
-                self._singles(cluster, [agent.context for agent in self._agents[:REPEATS]], "crossing", mode, rate)
-
-    def _one_cluster(self, modes: Sequence[str]) -> Iterator[tuple[str, Cluster]]:
-        """Each mode's router in turn before the same workers."""
-        if not modes:
+        """The storage links' rate from far below to far above the speed of recomputing. At every rate the modes take turns, because
+        the machine's speed of computing drifts."""
+        left = [
+            (rate, mode)
+            for rate in CROSSING_BYTES_PER_S
+            for mode in modes
+            if self._results.get("crossing", self._lab.topology, mode, rate) is None
+        ]
+        if not left:
             return
-        with self._cluster(modes[0]) as cluster:
-            for mode in modes:
-                if mode != modes[0]:
-                    cluster.restart_router(MODES[mode])
-                yield mode, cluster
+        with self._cluster(*dict.fromkeys(mode for _, mode in left)) as cluster:
+            for rate, mode in left:
+                self._lab.shape(Rates(rate, COMPUTE_OVER_STORAGE * max(rate, STORAGE_BYTES_PER_S)))
+                self._prime(cluster, mode)
+                self._singles(cluster, [agent.context for agent in self._agents[:REPEATS]], "crossing", mode, rate)
 
     def _trial(self, cluster: Cluster, mode: str, rate: float) -> bool:
         rate = round(rate, 3)
@@ -156,16 +154,16 @@ class Experiment:
         those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts)]
         self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
 
-    def _prime(self, cluster: Cluster) -> None:
-        rng = random.Random(f"{self._seed} {cluster.mode.name} {self._lab.rates}")
+    def _prime(self, cluster: Cluster, mode: str) -> None:
+        rng = random.Random(f"{self._seed} {mode} {self._lab.rates}")
         those = [Agent(n, context, (Turn(self._tokens(rng, 30), 2),)) for n, context in enumerate(self._primers)]
-        drive(self._lab, Job(cluster.url, cluster.model_name, those, [0.0] * len(those), PRIMERS_AT_ONCE))
+        drive(self._lab, Job(cluster.urls[mode], cluster.model_name, those, [0.0] * len(those), PRIMERS_AT_ONCE))
 
     def _measure(
         self, cluster: Cluster, those: Sequence[Agent], starts: Sequence[float], part: str, mode: str, *, step: float = 0.0,
         turns_until_s: float | None = None, at_once: int | None = None,
     ) -> Measured:  # fmt: skip
-        job = Job(cluster.url, cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
+        job = Job(cluster.urls[mode], cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
         measured = measure(self._lab, cluster, job, part=part, mode=mode, step=step)
         self._results.put(measured)
         found = figures(measured, self._slo)
@@ -174,13 +172,15 @@ class Experiment:
         return measured
 
     @contextmanager
-    def _cluster(self, mode: str) -> Iterator[Cluster]:
-        """A fresh cluster of that mode, on a copy of the warm store, over shaped links."""
+    def _cluster(self, mode: str, *others: str) -> Iterator[Cluster]:
+        """A fresh cluster of that mode, with a router for each of the others too, on a copy of the warm store, over shaped links."""
         warm = self._warm()
         live = self._data / "live"
         copy_store(warm, live)
         self._lab.shape(self._rates)
         with self._running(live, mode) as cluster:
+            for other in others:
+                cluster.add_router(MODES[other])
             yield cluster
 
     @contextmanager
@@ -205,7 +205,10 @@ class Experiment:
         self._lab.shape(Rates())
         those = [Agent(n, (), (Turn(context, 1),)) for n, context in enumerate(stored)]
         with self._running(folder, "basic") as cluster:
-            drive(self._lab, Job(cluster.url, cluster.model_name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks))
+            drive(
+                self._lab,
+                Job(cluster.urls["basic"], cluster.model_name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks),
+            )
         done.touch()
         return folder
 

@@ -20,10 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         measured("full", wall_s=10.0, decode_bytes=100_000_000),
         measured("basic", "online", step=0.5),
         measured("full", "online", step=1.0),
-        *(
-            measured(mode, "crossing", step=step, samples=[sample(0, 1.0)])
-            for mode, step in (("split", 1e7), ("full", 1e7), ("recompute", 0))
-        ),
+        *(measured(mode, "crossing", step=1e7, samples=[sample(0, 1.0)]) for mode in ("split", "full", "recompute")),
     ]
     report.write(out, jobs, Slo())
     return out
