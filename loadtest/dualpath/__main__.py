@@ -26,12 +26,11 @@ from loadtest.dualpath import conclusions, namespaces, report
 from loadtest.dualpath.experiment import FULL, Experiment, Results, Size
 from loadtest.dualpath.figures import Slo
 from loadtest.dualpath.links import topology
-from loadtest.dualpath.modes import ABLATION, MODES, ONLINE_MODES
+from loadtest.dualpath.modes import ABLATION, CROSSING_MODES, MODES, ONE_REQUEST_MODES, ONLINE_MODES
 from loadtest.dualpath.said import say
 
 PARTS = ("offline", "online", "one-request", "crossing")
 DEFAULT_PARTS = ("offline", "online")
-CROSSING_BYTES_PER_S = 24e6  # where nothing says how quick recomputing is
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -88,14 +87,15 @@ def _measure(options: argparse.Namespace, lab: namespaces.Lab, data: Path, folde
     wanted = [mode for mode in options.modes.split(",") if mode]
     parts = [part for part in PARTS if options.full or getattr(options, part.replace("-", "_"))] or list(DEFAULT_PARTS)
     experiment = Experiment(lab, data.resolve(), folder / "logs", results, FULL if options.full else Size(), options.seed, Slo())
-    if "offline" in parts:
-        experiment.offline([mode for mode in ABLATION if not wanted or mode in wanted])
-    if "online" in parts:
-        experiment.online([mode for mode in ONLINE_MODES if not wanted or mode in wanted])
-    if "one-request" in parts:
-        experiment.one_request()
-    if "crossing" in parts:
-        experiment.crossing(CROSSING_BYTES_PER_S)
+    runs = {
+        "offline": (experiment.offline, ABLATION),
+        "online": (experiment.online, ONLINE_MODES),
+        "one-request": (experiment.one_request, ONE_REQUEST_MODES),
+        "crossing": (experiment.crossing, CROSSING_MODES),
+    }
+    for part in parts:
+        run, modes = runs[part]
+        run([mode for mode in modes if not wanted or mode in wanted])
 
 
 def _interrupted(number: int, frame: object) -> NoReturn:

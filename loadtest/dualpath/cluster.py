@@ -3,7 +3,7 @@
 Workers reach each other's gRPC and the store's over the control network, and move KV over the storage and the compute network:
 `bytes_host` says which. Nothing shares a `run_dir`, so every byte crosses a link. Ports are fixed: each namespace has all of them.
 
-Life: `start`, `restart_router` as often as wanted, `stop`. A new cluster on the same data starts from the store as it was left.
+Life: `start`, `add_router` for every further mode, `stop`. A new cluster on the same data starts from the store as it was left.
 """
 
 import json
@@ -30,19 +30,16 @@ STOP_ORDER = ("router", "decode", "prefill", "store", "nats")
 
 
 class Cluster:
-    """One cluster of one mode. `folder` gets the logs; `data` holds the blocks."""
+    """One cluster, begun for one mode. `folder` gets the logs; `data` holds the blocks."""
 
     def __init__(self, lab: Lab, model_directory: Path, data: Path, folder: Path, mode: Mode) -> None:
         self._lab = lab
         self._model = model_directory
         self._data = data
         self._folder = folder
-        self.mode = mode
+        self._mode = mode
         self.processes: dict[str, Process] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://{self._address(CONTROL)}:{HTTP_PORT}"
+        self.urls: dict[str, str] = {}  # of each mode's router
 
     @property
     def model_name(self) -> str:
@@ -60,19 +57,17 @@ class Cluster:
             self._spawn(worker, worker, worker.partition("-")[0], [
                 "--model", str(self._model), "--bytes-host", self._address(worker, Network.COMPUTE), "--transport", "tcp",
                 "--block-tokens", str(model.BLOCK_TOKENS), "--threads", "1",
-                "--pool-bytes", str(POOL_BYTES), "--stage-bytes", str(STAGE_BYTES), *self._where(worker), *self.mode.workers,
+                "--pool-bytes", str(POOL_BYTES), "--stage-bytes", str(STAGE_BYTES), *self._where(worker), *self._mode.workers,
                 # What decode still holds of an earlier turn would come over no link, and the links are what is measured.
                 *(["--no-resident"] if worker.startswith("decode") else []),
             ])  # fmt: skip
-        self._start_router(self.mode)
+        self._start_router(self._mode)
         for name in [name for name in self.processes if name != "nats"]:
             self.processes[name].ready()
 
-    def restart_router(self, mode: Mode) -> None:
-        """Another policy in front of the same workers, which keep what they have measured."""
-        self.processes.pop("router").stop()
-        self._start_router(mode)
-        self.processes["router"].ready()
+    def add_router(self, mode: Mode) -> None:
+        """Another policy in front of the same workers, beside those that are there."""
+        self._start_router(mode).ready()
 
     def stop(self) -> None:
         """Drains and ends every process. Raises Unavailable when one did not end well."""
@@ -95,8 +90,9 @@ class Cluster:
         """CPU seconds of each process so far."""
         return {name: process.cpu_s() for name, process in self.processes.items()}
 
-    def _start_router(self, mode: Mode) -> None:
-        self.mode = mode
+    def _start_router(self, mode: Mode) -> Process:
+        port = HTTP_PORT + len(self.urls)
+        self.urls[mode.name] = f"http://{self._address(CONTROL)}:{port}"
         peers = {"kvstore": [STORE], "prefill": [], "decode": []}
         for worker in self._lab.topology.workers:
             peers[worker.partition("-")[0]].append(worker)
@@ -105,9 +101,9 @@ class Cluster:
             for role, members in peers.items()
             for part in (f"--{role}", ",".join(f"{self._address(member)}:{GRPC_PORT}" for member in members))
         ]
-        flags = ["--model", str(self._model), "--host", self._address(CONTROL), "--port", str(HTTP_PORT), "--log-level", "debug",
+        flags = ["--model", str(self._model), "--host", self._address(CONTROL), "--port", str(port), "--log-level", "debug",
                  "--nats", self._nats_url, *named, *mode.router]  # fmt: skip
-        self._launch("router", CONTROL, [sys.executable, "-P", "-m", "services.router", *flags])
+        return self._launch(f"router-{mode.name}", CONTROL, [sys.executable, "-P", "-m", "services.router", *flags])
 
     def _start_nats(self) -> None:
         store = self._folder / "jetstream"
@@ -123,8 +119,9 @@ class Cluster:
         common = ["--id", name, "--nats", self._nats_url]
         self._launch(name, member, [sys.executable, "-P", "-m", f"services.{service}", *common, *flags])
 
-    def _launch(self, name: str, member: str, argv: Sequence[str]) -> None:
-        self.processes[name] = Process(name, [*self._lab.inside(member), *argv], self._folder / f"{name}.log")
+    def _launch(self, name: str, member: str, argv: Sequence[str]) -> Process:
+        process = self.processes[name] = Process(name, [*self._lab.inside(member), *argv], self._folder / f"{name}.log")
+        return process
 
     def _where(self, member: str) -> list[str]:
         return ["--host", self._address(member), "--port", str(GRPC_PORT), "--bytes-port", str(BYTES_PORT)]

@@ -19,7 +19,7 @@ from loadtest.dualpath.figures import Slo, figures
 from loadtest.dualpath.jobs import Job, Measured
 from loadtest.dualpath.links import Rates, Topology
 from loadtest.dualpath.measure import drive, measure
-from loadtest.dualpath.modes import CROSSING_MODES, MODES, ONE_REQUEST_MODES
+from loadtest.dualpath.modes import MODES
 from loadtest.dualpath.namespaces import Lab
 from loadtest.dualpath.said import say
 from loadtest.dualpath.search import capacity
@@ -29,7 +29,8 @@ STORAGE_BYTES_PER_S = 24e6
 COMPUTE_OVER_STORAGE = 8  # in the paper a node has eight NICs for the compute network and one for storage
 WARM_AT_ONCE = 2
 PRIMERS, PRIMERS_AT_ONCE = 4, 2
-CROSSING_OVER_RECOMPUTE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # storage rates, as multiples of the speed of recomputing
+# A 2,000-token prompt is recomputed in about 1.2 s, which makes 14 MB/s of KV: what two storage links bring at 7 MB/s each.
+CROSSING_BYTES_PER_S = (1e6, 2e6, 4e6, 8e6, 16e6, 32e6, 64e6)
 REPEATS = 3
 
 
@@ -89,7 +90,7 @@ class Experiment:
         for mode in modes:
             if self._results.get("offline", self._lab.topology, mode) is None:
                 with self._cluster(mode) as cluster:
-                    self._prime(cluster)
+                    self._prime(cluster, mode)
                     self._measure(cluster, self._agents, [0.0] * len(self._agents), "offline", mode)
 
     def online(self, modes: Sequence[str]) -> None:
@@ -97,30 +98,38 @@ class Experiment:
         per_agent = self._size.online_turns * self._size.statistics.context * model.kv_bytes_per_token(model.shape())
         for mode in modes:
             with self._cluster(mode) as cluster:
-                self._prime(cluster)
+                self._prime(cluster, mode)
                 links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
                 guess = round(0.9 * links * STORAGE_BYTES_PER_S / per_agent, 2)
                 found = capacity(functools.partial(self._trial, cluster, mode), guess)
                 say(f"online {self._lab.topology} {mode}: {found:.3g} agents/s")
 
-    def one_request(self) -> None:
+    def one_request(self, modes: Sequence[str]) -> None:
         """One long prompt at a time on an idle cluster, from each source and from all."""
-        with self._cluster(ONE_REQUEST_MODES[0]) as cluster:
-            for mode in ONE_REQUEST_MODES:
-                cluster.restart_router(MODES[mode])
-                self._prime(cluster)
+        left = [mode for mode in modes if self._results.get("one-request", self._lab.topology, mode) is None]
+        if not left:
+            return
+        with self._cluster(*left) as cluster:
+            for mode in left:
+                self._prime(cluster, mode)
                 self._singles(cluster, self._long, "one-request", mode)
 
-    def crossing(self, recompute_bytes_per_s: float) -> None:
-        """The storage links' rate from far below to far above the speed of recomputing."""
-        with self._cluster(CROSSING_MODES[0]) as cluster:
-            for mode in CROSSING_MODES:
-                cluster.restart_router(MODES[mode])
-                for factor in CROSSING_OVER_RECOMPUTE:
-                    rate = round(factor * recompute_bytes_per_s, -5)
-                    self._lab.shape(Rates(rate, COMPUTE_OVER_STORAGE * max(rate, STORAGE_BYTES_PER_S)))
-                    self._prime(cluster)
-                    self._singles(cluster, [agent.context for agent in self._agents[:REPEATS]], "crossing", mode, rate)
+    def crossing(self, modes: Sequence[str]) -> None:
+        """The storage links' rate from far below to far above the speed of recomputing. At every rate the modes take turns, because
+        the machine's speed of computing drifts."""
+        left = [
+            (rate, mode)
+            for rate in CROSSING_BYTES_PER_S
+            for mode in modes
+            if self._results.get("crossing", self._lab.topology, mode, rate) is None
+        ]
+        if not left:
+            return
+        with self._cluster(*dict.fromkeys(mode for _, mode in left)) as cluster:
+            for rate, mode in left:
+                self._lab.shape(Rates(rate, COMPUTE_OVER_STORAGE * max(rate, STORAGE_BYTES_PER_S)))
+                self._prime(cluster, mode)
+                self._singles(cluster, [agent.context for agent in self._agents[:REPEATS]], "crossing", mode, rate)
 
     def _trial(self, cluster: Cluster, mode: str, rate: float) -> bool:
         rate = round(rate, 3)
@@ -145,16 +154,16 @@ class Experiment:
         those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts)]
         self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
 
-    def _prime(self, cluster: Cluster) -> None:
-        rng = random.Random(f"{self._seed} {cluster.mode.name} {self._lab.rates}")
+    def _prime(self, cluster: Cluster, mode: str) -> None:
+        rng = random.Random(f"{self._seed} {mode} {self._lab.rates}")
         those = [Agent(n, context, (Turn(self._tokens(rng, 30), 2),)) for n, context in enumerate(self._primers)]
-        drive(self._lab, Job(cluster.url, cluster.model_name, those, [0.0] * len(those), PRIMERS_AT_ONCE))
+        drive(self._lab, Job(cluster.urls[mode], cluster.model_name, those, [0.0] * len(those), PRIMERS_AT_ONCE))
 
     def _measure(
         self, cluster: Cluster, those: Sequence[Agent], starts: Sequence[float], part: str, mode: str, *, step: float = 0.0,
         turns_until_s: float | None = None, at_once: int | None = None,
     ) -> Measured:  # fmt: skip
-        job = Job(cluster.url, cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
+        job = Job(cluster.urls[mode], cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
         measured = measure(self._lab, cluster, job, part=part, mode=mode, step=step)
         self._results.put(measured)
         found = figures(measured, self._slo)
@@ -163,13 +172,15 @@ class Experiment:
         return measured
 
     @contextmanager
-    def _cluster(self, mode: str) -> Iterator[Cluster]:
-        """A fresh cluster of that mode, on a copy of the warm store, over shaped links."""
+    def _cluster(self, mode: str, *others: str) -> Iterator[Cluster]:
+        """A fresh cluster of that mode, with a router for each of the others too, on a copy of the warm store, over shaped links."""
         warm = self._warm()
         live = self._data / "live"
         copy_store(warm, live)
         self._lab.shape(self._rates)
         with self._running(live, mode) as cluster:
+            for other in others:
+                cluster.add_router(MODES[other])
             yield cluster
 
     @contextmanager
@@ -194,7 +205,10 @@ class Experiment:
         self._lab.shape(Rates())
         those = [Agent(n, (), (Turn(context, 1),)) for n, context in enumerate(stored)]
         with self._running(folder, "basic") as cluster:
-            drive(self._lab, Job(cluster.url, cluster.model_name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks))
+            drive(
+                self._lab,
+                Job(cluster.urls["basic"], cluster.model_name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks),
+            )
         done.touch()
         return folder
 

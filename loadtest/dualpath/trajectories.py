@@ -3,7 +3,9 @@
 The statistics are those of the paper's 64K set (arXiv 2602.21548: 157 turns, 32.7k tokens of context, 429 appended and
 176 generated a turn, 98.7 % hit), every length divided by `SCALE`. An agent starts somewhere in its life, with a context that is stored already,
 and takes a few turns; its tools answer at once. Lengths: a context is uniform in [1/2, 3/2] of the mean, as that of an agent caught at
-any of its turns; what is appended or generated is exponential, at least 1 and at most 4 times the mean.
+any of its turns; what is appended is exponential, at least 1 and at most 4 times the mean. An answer is uniform in [1/2, 3/2] of its mean: the
+time from the first token, which prefill samples, to the second holds the rest of the hand-over, and in answers of two tokens TPOT would be
+nothing else.
 """
 
 import random
@@ -44,12 +46,12 @@ class Agent(msgspec.Struct, frozen=True):
 def agents(seed: int, count: int, turns: int, of: Statistics, vocab: int, contexts: int = 0) -> list[Agent]:
     """`count` agents. With `contexts`, they share so many contexts, in turn (agents at work on the same few projects)."""
     rng = random.Random(seed)
-    stored = [_tokens(rng, round(of.context * rng.uniform(0.5, 1.5)), vocab) for _ in range(contexts or count)]
+    stored = [_tokens(rng, _around(rng, of.context), vocab) for _ in range(contexts or count)]
     return [
         Agent(
             number,
             stored[number % len(stored)],
-            tuple(Turn(_tokens(rng, _length(rng, of.appended), vocab), max(2, _length(rng, of.generated))) for _ in range(turns)),
+            tuple(Turn(_tokens(rng, _length(rng, of.appended), vocab), _around(rng, of.generated)) for _ in range(turns)),
         )
         for number in range(count)
     ]
@@ -80,6 +82,10 @@ def arrivals(seed: int, rate_per_s: float, window_s: float) -> list[float]:
     rng = random.Random(seed)
     gap = 1 / rate_per_s
     return [(number + rng.random()) * gap for number in range(int(window_s * rate_per_s))]
+
+
+def _around(rng: random.Random, mean: int) -> int:
+    return round(mean * rng.uniform(0.5, 1.5))
 
 
 def _length(rng: random.Random, mean: int) -> int:

@@ -34,3 +34,22 @@ def test_a_basic_job_loads_over_prefills_link_alone_and_all_counters_agree(tmp_p
     assert said <= read["st-prefill-0"] < 1.05 * said
     assert read["st-decode-0"] < 0.05 * said
     assert 1.0 <= found.overhead["compute"] < 1.05
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not run: {MISSING}")
+@pytest.mark.timeout(300)
+def test_a_split_request_loads_over_both_links_and_a_recomputed_one_over_none(tmp_path: Path) -> None:
+    shape, results = Topology(1, 1), Results(tmp_path / "measured")
+    with namespaces.Lab(shape) as lab:
+        Experiment(lab, tmp_path, tmp_path / "logs", results, SMALL, 1, Slo()).one_request(["split", "recompute"])
+    found = {}
+    for mode in ("split", "recompute"):
+        measured = results.get("one-request", shape, mode)
+        assert measured is not None
+        found[mode] = figures(measured, Slo())
+        assert (found[mode].failed, set(found[mode].routes)) == (0, {mode})
+    read = {link.port: link.towards_bytes for link in found["split"].links}
+    for port, path in (("st-prefill-0", "storage_to_prefill"), ("st-decode-0", "storage_to_decode")):
+        said = found["split"].path_bytes[path]
+        assert 0 < said <= read[port] < 1.1 * said
+    assert all(found["recompute"].path_bytes[path] == 0 for path in ("storage_to_prefill", "storage_to_decode"))

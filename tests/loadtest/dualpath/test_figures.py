@@ -78,10 +78,20 @@ def test_online_ratio_compares_the_highest_rates_within_the_objective() -> None:
     assert (found["online_aps_over_basic"], found["tpot_over_basic"]) == (2.0, 1.0)
 
 
+def test_one_request_against_the_sum_of_the_rates() -> None:
+    # 1,000 tokens are 8.192 MB: 0.8192 s over one 10 MB/s link. Made at 4.096 MB/s; beside its load a request takes 0.1 s.
+    ttfts = {"recompute": 2.0, "direct": 0.9192, "split": 0.5096, "split+meet": 0.34}
+    jobs = [measured(mode, "one-request", samples=[sample(0, ttft)]) for mode, ttft in ttfts.items()]
+    found = conclusions.ratios(jobs, Slo())
+    assert found["one_request_split_over_sum_of_rates"] == 1.0
+    assert found["one_request_split_meet_over_sum_of_rates"] == pytest.approx(0.34 / (8.192 / 24.096), abs=1e-3)
+    assert found["one_request_split_over_best_single"] == pytest.approx(0.5096 / 0.9192, abs=1e-3)
+
+
 def test_crossing_compares_with_the_better_of_the_two() -> None:
     jobs = [
-        measured(mode, "crossing", step=RATE, samples=[sample(0, ttft)])
-        for mode, ttft in (("storage_to_prefill", 4.0), ("storage_to_decode", 2.0), ("recompute", 1.0), ("full", 1.05))
+        measured(mode, "crossing", step=step, samples=[sample(0, ttft)])
+        for mode, step, ttft in (("split", RATE, 4.0), ("direct", RATE, 2.0), ("full", RATE, 1.05), ("recompute", RATE, 1.0))
     ]
     (point,) = conclusions.crossings(jobs)
     assert (point.load_s, point.recompute_s, point.over_better) == (2.0, 1.0, 1.05)

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         measured("full", wall_s=10.0, decode_bytes=100_000_000),
         measured("basic", "online", step=0.5),
         measured("full", "online", step=1.0),
-        *(measured(mode, "crossing", step=1e7, samples=[sample(0, 1.0)]) for mode in ("basic", "full")),
+        *(measured(mode, "crossing", step=1e7, samples=[sample(0, 1.0)]) for mode in ("split", "full", "recompute")),
     ]
     report.write(out, jobs, Slo())
     return out
@@ -35,7 +35,7 @@ def test_page_is_self_contained(folder: Path) -> None:
 
 def test_plots_are_files_too(folder: Path) -> None:
     names = {path.stem for path in folder.glob("*.png")}
-    assert {"completion_1P1D", "ttft_1P1D", "links_1P1D_basic", "links_1P1D_full", "online_1P1D"} <= names
+    assert {"completion_1P1D", "ttft_1P1D", "links_1P1D_basic", "links_1P1D_full", "online_1P1D", "crossing_1P1D"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
 
