@@ -14,6 +14,7 @@ settled by a second look into memory of our own, so that no peer can condemn a g
 
 import asyncio
 import errno
+from collections import deque
 from collections.abc import Sequence
 
 from common.disk.batch import Batch, NotStarted
@@ -73,7 +74,7 @@ class Reads:
                 raise
             for target in targets:
                 target.plan(lease.chunks.get(target.slot), straight=self._straight)
-            await self._read(targets, results)
+            await self._read_in_groups(targets, results)
         return results
 
     def done_reading(self, views: Sequence[memoryview]) -> None:
@@ -92,6 +93,23 @@ class Reads:
         if index.key(slot) is None or index.sequence(slot) != sequence:
             return PartStatus.MISSING
         return Target(i, part, lease.shelf, slot, sequence, index.checksum(slot), into)
+
+    async def _read_in_groups(self, targets: list[Target], results: list[ReadResult]) -> None:
+        """What goes into the caller's memory needs our buffers only on its way: half of them at a time is enough."""
+        groups: deque[list[Target]] = deque()
+        room = 0
+        for target in targets:
+            if not groups or (target.into is not None and target.buffer_bytes > room):
+                groups.append([])
+                room = self.buffers.bytes_max // 2
+            groups[-1].append(target)
+            room -= target.buffer_bytes
+        try:
+            while groups:
+                await self._read(groups.popleft(), results)
+        finally:
+            for group in groups:
+                self._unpin(group)
 
     async def _read(self, targets: list[Target], results: list[ReadResult]) -> None:
         """Returns, or raises, when nothing lands in the caller's memory any more."""

@@ -397,7 +397,7 @@ class Gate:
 
 async def test_a_hanging_disk_costs_a_reader_its_deadline_and_nothing_else(tmp_path: Path) -> None:
     keys, files, gate = chain(2), FailingFiles(), Gate()
-    async with rig(tmp_path, files=files, read_deadline_s=0.05) as one:
+    async with rig(tmp_path, files=files, read_deadline_s=0.5) as one:
         await one.put(keys)
         files.fail["read"] = gate
         assert await one.get(keys) == [PartStatus.EXPIRED] * 2

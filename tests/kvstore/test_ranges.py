@@ -147,6 +147,14 @@ async def test_a_block_without_a_usable_table_is_read_whole(tmp_path: Path, wron
         assert one.stored() == set(keys)
 
 
+async def test_ranges_that_take_more_than_all_buffers_are_read_one_group_after_another(tmp_path: Path) -> None:
+    keys = chain(1)
+    async with rig(tmp_path, large()) as one:
+        await one.put(keys, length=SIZE)
+        many = [(1, SIZE - 1)] * (2 * one.area.reads.buffers.bytes_max // SIZE)
+        assert set(await get(one, keys, many, into=True)) == {payload(keys[0], SIZE)[1:]}
+
+
 async def test_a_failing_disk_fails_the_range(tmp_path: Path) -> None:
     keys, files = chain(1), FailingFiles()
     async with rig(tmp_path, large(), files=files) as one:
