@@ -162,7 +162,12 @@ def test_blocks_of_another_namespace_on_disk_are_recomputed_and_counted(director
 
 
 def _make_foreign(store: Path) -> int:
-    """Rewrites every slot's header, checksum and all, to say that its block is of another namespace; how many."""
+    """Rewrites every slot's header, checksum and all, to say that its block is of another namespace; how many.
+
+    As after a crash, without the checkpoint of a clean end, so that the headers are what the store starts from.
+    """
+    for checkpoint in store.rglob("*.ckp"):
+        checkpoint.unlink()
     (segment,) = store.rglob("*.seg")
     content = bytearray(segment.read_bytes())
     found = 0
