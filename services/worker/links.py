@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SAMPLE_BYTES = 4 << 20  # a busy link is measured every so often
-HALF_LIFE_BYTES = 32 << 20  # after so many more bytes, what was measured before counts half
+# After so many more bytes, or so much more busy time, what was measured before counts half: bytes for a quick link, which moves
+# many in a moment; time for one that became slow, which would take minutes to move them.
+HALF_LIFE_BYTES, HALF_LIFE_S = 32 << 20, 2.0
 PATIENCE_S = 10.0  # a transfer that takes longer has failed, unless so much is queued that it may
 PATIENCE_FACTOR = 4.0
 
@@ -67,8 +69,10 @@ class Link:
 
     def _measure(self) -> None:
         now = self._clock()
-        rate = self._bytes / max(now - self._since, 1e-6)
-        weight = 1.0 - 0.5 ** (self._bytes / HALF_LIFE_BYTES) if self.bytes_per_s else 1.0
+        seconds = max(now - self._since, 1e-6)
+        rate = self._bytes / seconds
+        half_lives = max(self._bytes / HALF_LIFE_BYTES, seconds / HALF_LIFE_S)
+        weight = 1.0 - 0.5**half_lives if self.bytes_per_s else 1.0
         self.bytes_per_s += (rate - self.bytes_per_s) * weight
         self._since, self._bytes = now, 0
 

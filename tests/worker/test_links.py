@@ -1,6 +1,6 @@
 """Rates of links, with a clock of the test's own."""
 
-from services.worker.links import HALF_LIFE_BYTES, Link
+from services.worker.links import HALF_LIFE_BYTES, HALF_LIFE_S, Link
 
 
 class Clock:
@@ -21,11 +21,19 @@ def test_the_first_measurement_counts_whole_and_later_ones_by_their_bytes() -> N
     clock = Clock()
     link = Link(clock)
     assert link.bytes_per_s == 0
-    move(link, clock, 1000, 1.0)
-    assert link.bytes_per_s == 1000
+    move(link, clock, 10**6, 1e-3)
+    assert abs(link.bytes_per_s - 1e9) < 1
     clock.now += 100  # idle time says nothing
-    move(link, clock, HALF_LIFE_BYTES, HALF_LIFE_BYTES / 3000)
-    assert abs(link.bytes_per_s - 2000) < 1e-6
+    move(link, clock, HALF_LIFE_BYTES, HALF_LIFE_BYTES / 3e9)
+    assert abs(link.bytes_per_s - 2e9) < 1e3
+
+
+def test_a_link_that_became_slow_is_found_out_in_seconds() -> None:
+    clock = Clock()
+    link = Link(clock)
+    move(link, clock, 24 * 10**6, 1.0)
+    move(link, clock, int(HALF_LIFE_S * 10**6), HALF_LIFE_S)
+    assert abs(link.bytes_per_s - 12.5e6) < 1
 
 
 def test_transfers_that_share_the_link_add_up() -> None:
