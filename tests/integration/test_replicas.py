@@ -25,7 +25,7 @@ class Replicated(Cluster):
     def start_store(self, name: str) -> None:
         port = self.addresses.get(name, ":0").rpartition(":")[2]
         flags = ["--id", name, "--data", str(self.data / name), "--run-dir", self._run_dir(), "--port", port]
-        self._spawn(name, "kvstore", [*flags, "--budget-bytes", str(64 << 20), *self.kvstore_flags])
+        self._spawn(name, "services.kvstore", [*flags, "--budget-bytes", str(64 << 20), *self.kvstore_flags])
         self.addresses[name] = self.services[name].wait_event("ready")["grpc"]
 
     def _stop_order(self) -> list[str]:
