@@ -27,6 +27,7 @@ from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Endpoint
 from common.transport.reception import Limits, Reception
 from common.transport.server import serve_bytes
+from services.kvstore import heap
 from services.kvstore.admin import SERVICE as ADMIN_SERVICE
 from services.kvstore.admin import AdminService
 from services.kvstore.area import StoreArea
@@ -99,6 +100,7 @@ def open_store(settings: KvStoreSettings) -> Store:
             budget_bytes=store.space.budget_bytes,
             reason="80 % of what is free on each disk",
         )
+    heap.trim()
     return store
 
 

@@ -28,7 +28,6 @@ from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken
-from services.kvstore import heap
 from services.kvstore.checkpoints import Checkpoints
 from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
@@ -164,8 +163,6 @@ class Store:
         self.time_s.not_before(found.time_s)
         self._expire()
         self.space.fit_quotas()
-        del found
-        heap.trim()
         seconds = time.monotonic() - started_s
         log.event(
             "store_opened",
