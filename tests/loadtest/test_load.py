@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from common.routes import Plan
 from loadtest.local import LocalCluster
 from tests.families import CONTEXT_TOKENS, save_tiny
 from tests.loadtest.fake_server import fake_server
@@ -91,7 +92,7 @@ def test_a_real_cluster_under_load_answers_every_request_and_finds_what_it_has_s
     assert figures["errors"] == 0 and figures["model"] == "tiny-llama"
     assert figures["chat_requests"] > 2 and figures["agent_requests"] > 2
     done = [row for row in rows(figures) if row["outcome"] == "ok"]
-    assert {row["route"] for row in done} <= {"direct", "storage_to_prefill", "recompute"}
+    assert {row["route"] for row in done} <= set(Plan)
     assert all(0 < int(row["prompt_tokens"]) <= CONTEXT_TOKENS and int(row["output_tokens"]) > 0 for row in done)
     later = [row for row in done if row["kind"] == "agent" and int(row["turn"]) > 1]
     assert any(int(row["cached_tokens"]) >= 256 for row in later)  # at least the prefix that agents share
