@@ -26,6 +26,7 @@ The last line is JSON: the worst ratio over the sizes at depth >= 8 for each pat
 import argparse
 import asyncio
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -126,12 +127,14 @@ async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[
     fio = bench.fio
     for size in sizes:
         for depth in depths:
-            store = LocalStore(folder / f"local-{size}", size, TOTAL_BYTES, depth, io)
+            place = folder / f"local-{size}-{depth}"  # each fills a store of its own: what was read before would be kept
+            store = LocalStore(place, size, TOTAL_BYTES, depth, io)
             await store.fill()
             ways: dict[str, Way] = {"read": store.read, "read_closed": store.read_closed}
             await bench.compare(partial(fio.read, size, depth), ways, size, depth)
             await bench.compare(partial(fio.write, size, depth), {"write": store.write}, size, depth)
             await store.close()
+            shutil.rmtree(place)
 
 
 async def service_rows(bench: Bench, folder: Path, sizes: list[int], depth: int, io: str) -> float:
