@@ -115,7 +115,7 @@ def _took(took: Mapping[str, Any] | None) -> list[str]:
         ]
     lines = [f"  first token after {_seconds(took['first_token_s'])}, {took['over_estimate']:.2f} times the estimate"]
     if "plan" in took:
-        lines[0] += f"; carried out as {took['plan']}, {took['cached_tokens']:,} tokens loaded"
+        lines[0] += f"; carried out as {took['plan']}, {took['cached_tokens']:,} tokens not computed again"
         lines.append(f"  queue {_seconds(took['queue_s'])}, prefill {_seconds(took['prefill_s'])}")
         lines += [f"  {_path(name, flow)}" for name, flow in took["paths"].items() if flow["bytes"]]
         lines += [f"  fell back: {took['fallback']}"] if took["fallback"] else []
