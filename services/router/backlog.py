@@ -2,7 +2,8 @@
 
 A fluid: it drains at the rate that was measured, and what the router sends there is poured in at once. A
 report replaces the level, but for what was sent so shortly before it arrived that it can't tell of it.
-Where no rate is known nothing drains, and a pour leaves when its request's KV is there.
+Whatever report and rate say, no more is left than the pours whose KV is not there yet, and what the last report
+had beyond ours: a request that ended takes all of its own with it.
 """
 
 from collections import deque
@@ -34,7 +35,8 @@ class Backlog:
         self.moved = 0.0  # by requests that are done
         self._level = 0.0
         self._at = 0.0
-        self._reported_at = 0.0
+        self._under_way = 0.0  # of pours that aren't done
+        self._others = 0.0  # of the last report, what can't be ours
         self._pours: deque[Pour] = deque(maxlen=POURS_MAX)
 
     def __repr__(self) -> str:
@@ -45,6 +47,7 @@ class Backlog:
         pour = Pour(self, amount, now)
         if amount > 0:
             self._level = self.left(now) + amount
+            self._under_way += amount
             self._at = self.used_at = now
             self._pours.append(pour)
         return pour
@@ -54,8 +57,10 @@ class Backlog:
         while self._pours and self._pours[0].at < now - REPORT_LAG_S:
             self._pours.popleft()
         self.per_s = per_s or self.per_s
-        self._level = amount + sum(pour.amount for pour in self._pours)
-        self._at = self._reported_at = now
+        recent = sum(pour.amount for pour in self._pours)
+        self._level = amount + recent
+        self._others = max(0.0, self._level - self._under_way)
+        self._at = now
 
     def measured(self, amount: float, seconds: float) -> None:
         """What one request saw, until the worker reports a rate."""
@@ -63,12 +68,10 @@ class Backlog:
             self.per_s = amount / seconds
 
     def take_out(self, pour: Pour) -> None:
-        """A pour is done. At a known rate the level has drained already."""
+        """A pour is done."""
         self.moved += pour.amount
-        if self.per_s:
-            return
-        if pour.at > self._reported_at or pour in self._pours:  # the latter: on top of a report that can't tell of it
-            self._level = max(0.0, self._level - pour.amount)
+        self._under_way = max(0.0, self._under_way - pour.amount)
 
     def left(self, now: float) -> float:
-        return max(0.0, self._level - self.per_s * (now - self._at))
+        drained = self._level - self.per_s * (now - self._at)
+        return max(0.0, min(drained, self._others + self._under_way))

@@ -149,7 +149,7 @@ def test_what_was_sent_just_before_a_report_is_not_lost_to_it() -> None:
     assert backlog.left(10.0 + REPORT_LAG_S / 2) == 30
 
 
-def test_a_pour_leaves_an_unmeasured_backlog_when_its_request_is_loaded() -> None:
+def test_a_pour_leaves_an_unmeasured_backlog_when_its_request_is_done() -> None:
     backlog = Backlog()
     first, second = backlog.pour(70, 9.0), backlog.pour(30, 10.0)
     first.done()
@@ -160,9 +160,18 @@ def test_a_pour_leaves_an_unmeasured_backlog_when_its_request_is_loaded() -> Non
     second.done()
     assert backlog.left(11.0) == 5
     third = backlog.pour(8, 12.0)
-    backlog.report(6, 0.0, 13.0)
+    backlog.report(11, 0.0, 13.0)
     third.done()
-    assert backlog.left(13.0) == 6, "what the report tells of is the worker's to say"
+    assert backlog.left(13.0) == 3, "what the report has beyond ours is the worker's to say"
+
+
+def test_a_request_that_ended_has_nothing_queued_whatever_the_last_report_said() -> None:
+    backlog = Backlog()
+    pour = backlog.pour(100, 1.0)
+    backlog.report(80, 10.0, 2.0)
+    assert backlog.left(3.0) == 70
+    pour.done()
+    assert backlog.left(3.0) == 0
 
 
 def test_a_request_tells_of_a_rate_until_its_worker_does() -> None:
