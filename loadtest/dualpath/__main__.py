@@ -1,12 +1,13 @@
 """`make bench-dualpath`: what each route is worth, with real services on links of a known rate.
 
-The sum, for the default sizes (`model.py`, `trajectories.py`, `experiment.py`): KV is 8,192 bytes a token, a prompt has 2,040 tokens on
-average, so a turn loads 16.4 MB: 0.68 s on a 24 MB/s storage link. It computes some 43 tokens, 1.0 GFLOP: about 0.04 s of one core.
-So one storage link carries 1.5 turns a second, whatever computes; with the links of P prefill and D decode workers in use the
-same job can be (P + D) / P times quicker, until computing takes over (the `oracle` mode, where loads cost nothing, says when).
+The sum, for the default sizes (`model.py`, `trajectories.py`, `experiment.py`): KV is 16,384 bytes a token, a prompt has 2,040 tokens on
+average, so a turn loads 33 MB and computes some 43 tokens. A storage link brings KV four times as fast as a prefill worker makes it, which
+is measured first; so a turn loads about ten times longer than it computes. With the links of P prefill and D decode workers in use the
+same job can be (P + D) / P times quicker, and a little more where recomputing helps, until computing takes over (the `oracle` mode, where
+loads cost nothing, says when).
 
 1. Namespaces and links of a topology are built; those of dead runs are swept away.
-2. The agents' contexts are stored (once for a seed), over unshaped links.
+2. The agents' contexts are stored (once for a seed), over unshaped links; recomputing is measured.
 3. Each part measures its modes, each on a copy of that store (`experiment.py`).
 4. The report: `report.html`, PNG plots, `figures.json`, and one JSON line on stdout.
 """

@@ -109,11 +109,12 @@ def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
 def crossings(here: Sequence[Measured]) -> list[Crossing]:
     """One point per storage rate at which all three sides were measured."""
     ttft = {(one.mode, one.step): median_ttft_s(one) for one in here}
+    rates = {one.step: one.rates.storage or float("inf") for one in here}
     out = []
-    for rate in sorted({step for _, step in ttft}):
-        loads = [ttft[mode, step] for mode, step in ttft if step == rate and mode not in (FULL, RECOMPUTE)]
-        if loads and (RECOMPUTE, rate) in ttft and (FULL, rate) in ttft:
-            out.append(Crossing(rate, min(loads), ttft[RECOMPUTE, rate], ttft[FULL, rate]))
+    for step, rate in sorted(rates.items()):
+        loads = [ttft[mode, at] for mode, at in ttft if at == step and mode not in (FULL, RECOMPUTE)]
+        if loads and (RECOMPUTE, step) in ttft and (FULL, step) in ttft:
+            out.append(Crossing(rate, min(loads), ttft[RECOMPUTE, step], ttft[FULL, step]))
     return out
 
 

@@ -7,6 +7,7 @@ rates), and then does its job.
 
 import functools
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,14 @@ from loadtest.dualpath.namespaces import Lab
 from loadtest.dualpath.said import say
 from loadtest.dualpath.search import capacity
 from loadtest.dualpath.trajectories import Agent, Statistics, Turn
+from loadtest.samples import Sample
 
-STORAGE_BYTES_PER_S = 24e6
 COMPUTE_OVER_STORAGE = 8  # in the paper a node has eight NICs for the compute network and one for storage
 WARM_AT_ONCE = 2
 PRIMERS, PRIMERS_AT_ONCE = 4, 2
-# A 2,000-token prompt is recomputed in about 1.2 s, which makes 14 MB/s of KV: what two storage links bring at 7 MB/s each.
-CROSSING_BYTES_PER_S = (1e6, 2e6, 4e6, 8e6, 16e6, 32e6, 64e6)
+CROSSING = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)  # a storage link's rate over the rate at which one worker makes KV
+CROSSING_COMPUTE_MIN = 8.0  # the compute network's, likewise
+CROSSING_PRIMERS = 2
 REPEATS = 3
 
 
@@ -79,9 +81,9 @@ class Experiment:
         self._slo = slo
         self._model = model.made(data)
         self._vocab = model.vocab_size(self._model)
-        self._rates = Rates(STORAGE_BYTES_PER_S, COMPUTE_OVER_STORAGE * STORAGE_BYTES_PER_S)
         self._agents = trajectories.agents(seed, size.contexts, size.turns, size.statistics, self._vocab)
         rng = random.Random(seed + 1)
+        self._recomputed = Path()
         self._primers = [self._tokens(rng, size.statistics.context) for _ in range(PRIMERS)]
         self._long = [self._tokens(rng, size.long_context_tokens) for _ in range(REPEATS)]
 
@@ -100,7 +102,7 @@ class Experiment:
             with self._cluster(mode) as cluster:
                 self._prime(cluster, mode)
                 links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
-                guess = round(0.9 * links * STORAGE_BYTES_PER_S / per_agent, 2)
+                guess = round(0.9 * links * model.STORAGE_OVER_RECOMPUTE * self._recompute() / per_agent, 2)
                 found = capacity(functools.partial(self._trial, cluster, mode), guess)
                 say(f"online {self._lab.topology} {mode}: {found:.3g} agents/s")
 
@@ -116,20 +118,22 @@ class Experiment:
 
     def crossing(self, modes: Sequence[str]) -> None:
         """The storage links' rate from far below to far above the speed of recomputing. At every rate the modes take turns, because
-        the machine's speed of computing drifts."""
+        the machine's speed of computing drifts. The shortest contexts: loading them from far below takes long enough."""
         left = [
-            (rate, mode)
-            for rate in CROSSING_BYTES_PER_S
+            (over, mode)
+            for over in CROSSING
             for mode in modes
-            if self._results.get("crossing", self._lab.topology, mode, rate) is None
+            if self._results.get("crossing", self._lab.topology, mode, over) is None
         ]
         if not left:
             return
+        shortest = sorted((agent.context for agent in self._agents), key=len)[:REPEATS]
         with self._cluster(*dict.fromkeys(mode for _, mode in left)) as cluster:
-            for rate, mode in left:
-                self._lab.shape(Rates(rate, COMPUTE_OVER_STORAGE * max(rate, STORAGE_BYTES_PER_S)))
-                self._prime(cluster, mode)
-                self._singles(cluster, [agent.context for agent in self._agents[:REPEATS]], "crossing", mode, rate)
+            for over, mode in left:
+                made = self._recompute()
+                self._lab.shape(Rates(over * made, max(CROSSING_COMPUTE_MIN, COMPUTE_OVER_STORAGE * over) * made))
+                self._prime(cluster, mode, CROSSING_PRIMERS)
+                self._singles(cluster, shortest, "crossing", mode, over)
 
     def _trial(self, cluster: Cluster, mode: str, rate: float) -> bool:
         rate = round(rate, 3)
@@ -154,9 +158,9 @@ class Experiment:
         those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts)]
         self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
 
-    def _prime(self, cluster: Cluster, mode: str) -> None:
+    def _prime(self, cluster: Cluster, mode: str, count: int = PRIMERS) -> None:
         rng = random.Random(f"{self._seed} {mode} {self._lab.rates}")
-        those = [Agent(n, context, (Turn(self._tokens(rng, 30), 2),)) for n, context in enumerate(self._primers)]
+        those = [Agent(n, context, (Turn(self._tokens(rng, 30), 2),)) for n, context in enumerate(self._primers[:count])]
         drive(self._lab, Job(cluster.urls[mode], cluster.model_name, those, [0.0] * len(those), PRIMERS_AT_ONCE))
 
     def _measure(
@@ -177,7 +181,8 @@ class Experiment:
         warm = self._warm()
         live = self._data / "live"
         copy_store(warm, live)
-        self._lab.shape(self._rates)
+        storage = model.STORAGE_OVER_RECOMPUTE * self._recompute()
+        self._lab.shape(Rates(storage, COMPUTE_OVER_STORAGE * storage))
         with self._running(live, mode) as cluster:
             for other in others:
                 cluster.add_router(MODES[other])
@@ -194,23 +199,35 @@ class Experiment:
             cluster.kill()
 
     def _warm(self) -> Path:
-        """The store with every context in it, made once for a seed and a size."""
+        """The store with every context in it, made once for a seed and a size; beside it, how fast one worker recomputes."""
         stored = [*trajectories.contexts_of(self._agents), *self._primers, *self._long]
         blocks = sum(len(context) // model.BLOCK_TOKENS for context in stored)
         folder = self._data / f"warm-{self._model.name}-{self._seed}-{blocks}"
-        done = folder.with_suffix(".done")
-        if done.exists():
+        self._recomputed = folder.with_suffix(".json")
+        if self._recomputed.exists():
             return folder
         say(f"storing {len(stored)} contexts, {blocks} blocks of {model.bytes_per_block(model.shape())} bytes (not measured)")
         self._lab.shape(Rates())
         those = [Agent(n, (), (Turn(context, 1),)) for n, context in enumerate(stored)]
         with self._running(folder, "basic") as cluster:
-            drive(
-                self._lab,
-                Job(cluster.urls["basic"], cluster.model_name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks),
-            )
-        done.touch()
+            url, name = cluster.urls["basic"], cluster.model_name
+            drive(self._lab, Job(url, name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks))
+            rng = random.Random(self._seed + 2)
+            fresh = [Agent(n, self._tokens(rng, self._size.statistics.context), (Turn((), 1),)) for n in range(REPEATS)]
+            took = drive(self._lab, Job(url, name, fresh, [0.0] * REPEATS, at_once=1))
+        self._recomputed.write_bytes(msgspec.json.encode(made_bytes_per_s(took.samples)))
         return folder
+
+    def _recompute(self) -> float:
+        """Bytes of KV a second that one prefill worker makes of a prompt of the mean length. Measured when the store was warmed."""
+        self._warm()
+        return msgspec.json.decode(self._recomputed.read_bytes(), type=float)
 
     def _tokens(self, rng: random.Random, count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(trajectories.FIRST_TOKEN_ID, self._vocab) for _ in range(count))
+
+
+def made_bytes_per_s(samples: Sequence[Sample]) -> float:
+    """KV bytes a second of prompts that were computed: the median of them."""
+    per_token = model.kv_bytes_per_token(model.shape())
+    return statistics.median(s.prompt_tokens * per_token / (s.ttft_s or float("inf")) for s in samples)

@@ -37,7 +37,7 @@ def write(folder: Path, found: Sequence[Measured], slo: Slo) -> Path:
     page.write_text(
         environment.get_template(TEMPLATE).render(
             when=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-            facts=facts(slo),
+            facts=facts(found, slo),
             ratios=ratios,
             modes=MODES.values(),
             tables=tables(found, every),
@@ -48,10 +48,11 @@ def write(folder: Path, found: Sequence[Measured], slo: Slo) -> Path:
     return page
 
 
-def facts(slo: Slo) -> list[tuple[str, str]]:
+def facts(found: Sequence[Measured], slo: Slo) -> list[tuple[str, str]]:
     """What the figures hold for."""
     of, shape = Statistics(), model.shape()
     turn = model.cost(shape, of.context - model.BLOCK_TOKENS / 2, of.appended + model.BLOCK_TOKENS / 2)
+    storage = max((one.rates.storage or 0.0 for one in found if one.part != "crossing"), default=0.0)
     return [
         (
             "model",
@@ -61,6 +62,10 @@ def facts(slo: Slo) -> list[tuple[str, str]]:
         (
             "a turn loads and computes",
             f"{turn.bytes / 1e6:.1f} MB, {turn.flop / 1e9:.2f} GFLOP ({turn.gb_per_pflop:,.0f} GB/PFLOP)",
+        ),
+        (
+            "a storage link",
+            f"{storage / 1e6:.1f} MB/s, {model.STORAGE_OVER_RECOMPUTE:g} times what one prefill worker makes of such prompts, measured",
         ),
         ("trajectories", f"paper's 64K set / {SCALE}: {of.context} + {of.appended} tokens, {of.generated} generated"),
         ("hit rate of the paper", f"{PAPER_HIT_RATE:.1%}"),
