@@ -1,7 +1,7 @@
 """`make bench-dualpath`: what each route is worth, with real services on links of a known rate.
 
-The sum, for the default sizes (`model.py`, `trajectories.py`, `experiment.py`): KV is 16,384 bytes a token, a prompt has 2,040 tokens on
-average, so a turn loads 33 MB and computes some 43 tokens. A storage link brings KV four times as fast as a prefill worker makes it, which
+The sum, for the default sizes (`model.py`, `trajectories.py`, `experiment.py`): KV is 8,192 bytes a token, a prompt has 2,040 tokens on
+average, so a turn loads 16.6 MB and computes some 43 tokens. A storage link brings KV four times as fast as a prefill worker makes it, which
 is measured first; so a turn loads about ten times longer than it computes. With the links of P prefill and D decode workers in use the
 same job can be (P + D) / P times quicker, and a little more where recomputing helps, until computing takes over (the `oracle` mode, where
 loads cost nothing, says when).

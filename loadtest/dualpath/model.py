@@ -7,10 +7,9 @@ The paper's row is Qwen2.5-32B (arXiv 2602.21548): 117 to 267 GB of KV to load p
     link / recompute    link rate / rate at which computing makes KV: how much slower recomputing is than loading
 
 With 32,700 tokens of context and 429 new ones, one of eight 400 Gbit/s storage shares per GPU (6.25 GB/s) and 400 TFLOP/s, the paper has
-12 and 5. A core computes 10^4 times slower than their GPU, and nobody shapes a link to 10^4 times less and still measures links. So
-the model needs more bytes per FLOP: every query head has a KV head of its own, and the MLP is narrow. And the links are
-shaped to `STORAGE_OVER_RECOMPUTE` times what one prefill worker of this machine makes, measured: then both ratios are about the paper's,
-on any machine.
+12 and 5. A core computes 10^3 to 10^4 times slower than their GPU, whatever the model; so the links are shaped to `STORAGE_OVER_RECOMPUTE`
+times what one prefill worker of this machine makes, measured: then both ratios are about the paper's, on any machine. The model is a
+Llama large enough that a turn takes most of a second, beside which messages and processes cost little, and small enough for a laptop.
 """
 
 import json
@@ -20,7 +19,8 @@ import msgspec
 
 from services.cli.make_model import HEAD_DIM, Shape, tokenizer_tokens, write_model
 
-LAYERS, HEADS, CONTEXT_TOKENS = 4, 16, 16_384
+LAYERS, HEADS, KV_HEADS, CONTEXT_TOKENS = 8, 16, 4, 16_384
+MLP_RATIO = 3.5
 BLOCK_TOKENS = 32
 BYTES_PER_VALUE = 2  # bfloat16
 SEED = 0
@@ -40,7 +40,14 @@ class Cost(msgspec.Struct, frozen=True):
 
 def shape() -> Shape:
     hidden = HEADS * HEAD_DIM
-    return Shape(hidden=hidden, intermediate=hidden, layers=LAYERS, heads=HEADS, kv_heads=HEADS, vocab=tokenizer_tokens())
+    return Shape(
+        hidden=hidden,
+        intermediate=round(MLP_RATIO * hidden),
+        layers=LAYERS,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        vocab=tokenizer_tokens(),
+    )
 
 
 def kv_bytes_per_token(of: Shape) -> int:
@@ -62,7 +69,7 @@ def cost(of: Shape, context_tokens: float, new_tokens: float) -> Cost:
 def made(folder: Path) -> Path:
     """The model's directory under `folder`, written when it isn't there. Its name says its shape."""
     of = shape()
-    out = folder / f"mha-{of.layers}x{of.hidden}-{of.heads}kv"
+    out = folder / f"lab-{of.layers}x{of.hidden}-{of.heads}-{of.kv_heads}kv"
     if not (out / "model.safetensors").exists():
         write_model(of, out, seed=SEED, context=CONTEXT_TOKENS)
     return out

@@ -55,9 +55,9 @@ def test_arrivals_are_ordered_one_in_every_interval_and_inside_the_window(rate: 
 
 def test_the_models_sums() -> None:
     shape = model.shape()
-    assert model.kv_bytes_per_token(shape) == 4 * 2 * 1024 * 2
-    assert model.bytes_per_block(shape) == 512 << 10
+    assert model.kv_bytes_per_token(shape) == 8 * 2 * 256 * 2
+    assert model.bytes_per_block(shape) == 256 << 10
     cost = model.cost(shape, context_tokens=2000, new_tokens=40)
-    assert cost.bytes == 2000 * 16384
-    linear, attention, head = 2 * 4 * (4 * 1024**2 + 3 * 1024**2), 4 * 4 * 1024 * 2020, 2 * 4096 * 1024
+    assert cost.bytes == 2000 * 8192
+    linear, attention, head = 2 * 8 * (2.5 * 1024**2 + 10.5 * 1024**2), 4 * 8 * 1024 * 2020, 2 * 4096 * 1024
     assert cost.flop == 40 * (linear + attention) + head
