@@ -56,7 +56,7 @@ class Cluster:
         for worker in self._lab.topology.workers:
             self._spawn(worker, worker, worker.partition("-")[0], [
                 "--model", str(self._model), "--bytes-host", self._address(worker, Network.COMPUTE), "--transport", "tcp",
-                "--block-tokens", str(model.BLOCK_TOKENS), "--threads", "1",
+                "--block-tokens", str(model.BLOCK_TOKENS), "--device", "cpu", "--threads", "1",
                 "--pool-bytes", str(POOL_BYTES), "--stage-bytes", str(STAGE_BYTES), *self._where(worker), *self._mode.workers,
                 # What decode still holds of an earlier turn would come over no link, and the links are what is measured.
                 *(["--no-resident"] if worker.startswith("decode") else []),

@@ -1,5 +1,6 @@
 """Runs one job against a cluster and notes everything that is measured beside it: links by the kernel's counters, CPU by /proc."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -62,7 +63,7 @@ def measure(lab: Lab, cluster: Cluster, job: Job, *, part: str, mode: str, step:
 def drive(lab: Lab, job: Job) -> Done:
     """The job, carried out by a process of its own."""
     argv = guarded([*lab.inside(CONTROL), sys.executable, "-P", "-m", "loadtest.dualpath.drive"])
-    environ = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    environ = {"PYTHONPATH": str(REPOSITORY), "PATH": os.environ.get("PATH", os.defpath)}
     given = msgspec.json.encode(job)
     done = subprocess.run(
         argv, input=given, capture_output=True, env=environ, cwd=REPOSITORY, start_new_session=True, check=False
