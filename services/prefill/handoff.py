@@ -98,13 +98,13 @@ class Handoff:
 
     async def _send(self, parts: list[Part]) -> None:
         link = self._in.link
-        with link.queued(sum(part.length for part in parts)) as less:
+        with link.queued(sum(part.length for part in parts)) as queued:
             for _ in range(ATTEMPTS_MAX):
                 with link.moving() as came, self.moved.transfer():
                     statuses = await self._write(parts)
                     arrived = sum(part.length for part, status in zip(parts, statuses, strict=True) if status is PartStatus.OK)
                     came(arrived)
-                less(arrived)
+                queued.less(arrived)
                 self.moved.count(statuses, [part.length for part in parts])
                 parts = [part for part, status in zip(parts, statuses, strict=True) if self._again(part, status)]
                 if not parts:

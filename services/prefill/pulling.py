@@ -17,7 +17,7 @@ from common.kv_layout import KvLayout
 from common.transport.counters import Flow as Moved
 from common.transport.interface import Part, PartStatus
 from common.transport.pool import TransportPool
-from services.worker.links import Link
+from services.worker.links import Link, Queued
 from services.worker.loading import Batches
 from services.worker.requests import StageLease
 from services.worker.stage import Stage
@@ -59,18 +59,18 @@ class PeerReader:
         self.link = Link()
 
     async def pull(self, order: PeerPull) -> None:
-        """Carries out an order. Never raises for a failed read."""
-        with self.link.queued(order.blocks * self.stage.bytes_per_slot) as less:
-            await _Pulling(self, order, less).run()
+        """Carries out an order. Never raises for a failed read. Queued is what the peer has and we don't, not what it still waits for."""
+        with self.link.queued(0) as queued:
+            await _Pulling(self, order, queued).run()
 
 
 class _Pulling:
     """One order on its way. A tile is a batch and the first layer that is still to come of it."""
 
-    def __init__(self, reader: PeerReader, order: PeerPull, less: Callable[[int], None]) -> None:
+    def __init__(self, reader: PeerReader, order: PeerPull, queued: Queued) -> None:
         self._in = reader
         self._order = order
-        self._less = less
+        self._queued = queued
         self._tiles: list[tuple[int, int, Sequence[int]]] = []  # a heap: first layer, serial, blocks
         self._serial = count()
         self._news = asyncio.Condition()
@@ -112,7 +112,9 @@ class _Pulling:
             self._order.landed(came, last)
         if lost:
             self._order.lost(lost)
-        self._less(len(came) * (last - layer) * layout.bytes_per_layer_slice)
+        if layer:
+            self._queued.less(len(blocks) * (last - layer) * layout.bytes_per_layer_slice)
+        self._queued.more(len(came) * (layout.layers - last) * layout.bytes_per_layer_slice if not layer else 0)
         async with self._news:
             if came and last < layout.layers:
                 heapq.heappush(self._tiles, (last, next(self._serial), came))

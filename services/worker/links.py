@@ -32,21 +32,14 @@ class Link:
         return max(PATIENCE_S, PATIENCE_FACTOR * self.queued_bytes / self.bytes_per_s if self.bytes_per_s else 0.0)
 
     @contextmanager
-    def queued(self, size: int) -> Iterator[Callable[[int], None]]:
-        """So many bytes are asked for; the value takes those that came, or will not. At the end of the block none are left."""
-        left = size
-        self.queued_bytes += size
-
-        def less(size: int) -> None:
-            nonlocal left
-            size = min(size, left)
-            left -= size
-            self.queued_bytes -= size
-
+    def queued(self, size: int) -> Iterator["Queued"]:
+        """So many bytes are asked for. At the end of the block none are left."""
+        queued = Queued(self)
+        queued.more(size)
         try:
-            yield less
+            yield queued
         finally:
-            less(left)
+            queued.less(queued.left)
             assert self.queued_bytes >= 0
 
     @contextmanager
@@ -78,3 +71,21 @@ class Link:
 
     def __repr__(self) -> str:
         return f"Link({self.bytes_per_s / 1e6:.1f} MB/s, queued={self.queued_bytes})"
+
+
+class Queued:
+    """What one request still waits for at a link."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.left = 0
+
+    def more(self, size: int) -> None:
+        self.left += size
+        self._link.queued_bytes += size
+
+    def less(self, size: int) -> None:
+        """So many came, or will not."""
+        size = min(size, self.left)
+        self.left -= size
+        self._link.queued_bytes -= size

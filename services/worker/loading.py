@@ -9,8 +9,10 @@ fetches it elsewhere; the others are not held up by it.
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import StrEnum
+from itertools import count
 
 import msgspec
 
@@ -25,10 +27,11 @@ from services.worker.codec import Codec
 from services.worker.ledger import Ledger
 from services.worker.links import Link
 from services.worker.stage import Stage
+from services.worker.turns import Turns
 
 log = Log("loading")
 BLOCKS_PER_READ = 16  # one request's worth: deep enough to keep the disk busy, small enough to fail early
-READS_IN_FLIGHT = 2
+READS_IN_FLIGHT = 2  # from one kvstore, of all requests together: the next one is asked for while one comes
 MEET_BATCHES = 8  # a leg that meets compute is claimed in at least so many batches, so that the ends meet closely
 
 
@@ -126,7 +129,7 @@ class KvStores:
 
 
 class Reader:
-    """Pulls leased blocks from a kvstore into stage slots."""
+    """Pulls leased blocks from a kvstore into stage slots, one request after another."""
 
     def __init__(
         self, stage: Stage, transports: TransportPool, stores: KvStores, codec: Codec, *, simulate_free_loads: bool = False
@@ -137,6 +140,8 @@ class Reader:
         self._stores = stores
         self.free = simulate_free_loads  # for experiments: everything counts as loaded at once, whatever the slots hold
         self.link = Link()
+        self._turns: defaultdict[Endpoint, Turns] = defaultdict(lambda: Turns(READS_IN_FLIGHT))
+        self._pulls = count()
 
     def bytes_in_slot(self, form: Form) -> int:
         """How much of its slot a block takes in that form."""
@@ -147,19 +152,21 @@ class Reader:
         failed: dict[int, PartStatus] = {}
         carrier = ""
         until = time.monotonic() + pull.deadline_s
+        number, turns = next(self._pulls), self._turns[pull.stored.endpoint]
         renewing = asyncio.create_task(self._renew(pull.stored))
-        with self.link.queued(pull.blocks * self._codec.bytes_per_block) as less:
+        with self.link.queued(pull.blocks * self._codec.bytes_per_block) as queued:
 
             async def work() -> None:
                 nonlocal carrier
                 while blocks := await pull.batches():
                     lost = not carrier and not UNANSWERED.isdisjoint(failed.values())  # nobody is there: don't try again
-                    statuses = [PartStatus.FAILED] * len(blocks) if lost else await self._read(pull, blocks, until)
+                    async with turns.turn(number):
+                        statuses = [PartStatus.FAILED] * len(blocks) if lost else await self._read(pull, blocks, until)
                     if PartStatus.OK in statuses:
                         carrier = self._carrier(pull)
                     bad = {block: status for block, status in zip(blocks, statuses, strict=True) if status is not PartStatus.OK}
                     failed.update(bad)
-                    less(len(blocks) * self._codec.bytes_per_block)
+                    queued.less(len(blocks) * self._codec.bytes_per_block)
                     pull.landed([block for block in blocks if block not in bad], list(bad))
 
             try:

@@ -56,9 +56,9 @@ def test_a_transfer_that_brings_nothing_measures_nothing() -> None:
 
 def test_queued_bytes_shrink_as_they_come_and_none_are_left_at_the_end() -> None:
     link = Link()
-    with link.queued(100) as less, link.queued(50):
-        less(30)
+    with link.queued(100) as queued, link.queued(50):
+        queued.less(30)
         assert link.queued_bytes == 120
-        less(100)  # never below what was asked for
+        queued.less(100)  # never below what was asked for
         assert link.queued_bytes == 50
     assert link.queued_bytes == 0
