@@ -27,7 +27,7 @@ from services.kvstore.entries import Verdict
 from services.kvstore.files import Files
 from services.kvstore.found import Counts, Found, FoundNamespace, FoundSegment, drop_duplicates, drop_torn, last_sequences
 from services.kvstore.header_scan import runs, scan_run
-from services.kvstore.record import Unreadable
+from services.kvstore.record import Unreadable, pages
 from services.kvstore.segment import SUFFIX, TEMPORARY_SUFFIX, Segment, open_segment
 
 log = Log("scan")
@@ -94,7 +94,7 @@ def _open_namespace(files: Files, disk: Disk, folder: Path, one: FoundNamespace,
             else:
                 one.unusable_numbers.setdefault(disk.position, set()).add(int(path.stem))
                 counts.segments_unusable += 1
-                counts.unusable_bytes += path.stat().st_size
+                counts.unusable_bytes += _bytes_of(path) + _bytes_of(path.with_suffix(checkpoint.SUFFIX))
                 log.warning("segment_unusable", path=str(path), reason=segment, effect="left alone; its blocks are misses")
 
 
@@ -103,7 +103,7 @@ def _remove_leftover(files: Files, disk: Disk, path: Path, counts: Counts) -> No
     try:
         files.remove(path)
     except OSError as error:
-        counts.unusable_bytes += path.stat().st_size
+        counts.unusable_bytes += _bytes_of(path)
         log.warning("leftover_not_removed", path=str(path), reason=str(error))
 
 
@@ -174,6 +174,11 @@ def _read_headers(out: Found, pool: ThreadPoolExecutor) -> None:
         if now_s - reported_s >= _PROGRESS_S:
             reported_s = now_s
             log.event("scanning", slots=done, of=total, slots_per_s=round(done / (now_s - started_s)))
+
+
+def _bytes_of(path: Path) -> int:
+    """What a file takes, in whole pages."""
+    return pages(path.stat().st_size) if path.exists() else 0
 
 
 def _is_namespace(name: str) -> bool:

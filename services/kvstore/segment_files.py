@@ -1,6 +1,7 @@
 """Makes and removes segment files, and counts their bytes against the disk they lie on.
 
-A file counts from before it is begun until after it is gone; one that can't be removed counts for ever.
+A file counts from before it is begun until after it is gone; one that can't be removed counts for ever. What counts is
+the file and room for its checkpoint, so that a checkpoint may be written at any moment.
 Belongs to the event loop; the file system is called in the pool.
 """
 
@@ -54,27 +55,29 @@ class SegmentFiles:
         unusable = self.unusable_numbers.get((disk.position, shelf.namespace), set())
         number = shelf.next_segment_number(disk.position, unusable.__contains__)
         header = SegmentHeader(shelf.namespace_bytes, shelf.geometry, number)
-        disk.changing_bytes += shelf.geometry.segment_bytes
+        footprint = checkpoint.footprint_bytes(shelf.geometry)
+        disk.changing_bytes += footprint
         result: Segment | BaseException
         try:
             (result,) = await self._pool.submit([partial(self._create, disk, folder, header)]).done
         except Overloaded:
             return None
         finally:
-            disk.changing_bytes -= shelf.geometry.segment_bytes
+            disk.changing_bytes -= footprint
         if isinstance(result, BaseException):
             disk.full_until_s = self._clock() + FULL_PAUSE_S
             log.warning("no_new_segment", path=str(folder), bytes=header.geometry.segment_bytes, reason=str(result))
             self._failed(disk, result)
             return None
-        disk.segment_bytes += shelf.geometry.segment_bytes
+        disk.segment_bytes += footprint
         return result
 
     async def remove(self, segment: Segment) -> None:
         """Deletes the file of a segment that no shelf has any more."""
         disk = self._disks[segment.disk]
-        disk.segment_bytes -= segment.geometry.segment_bytes
-        disk.changing_bytes += segment.geometry.segment_bytes
+        footprint = checkpoint.footprint_bytes(segment.geometry)
+        disk.segment_bytes -= footprint
+        disk.changing_bytes += footprint
         result: bool | BaseException
         try:
             async with segment.changing:
@@ -82,13 +85,13 @@ class SegmentFiles:
         except Overloaded as refused:
             result = refused
         finally:
-            disk.changing_bytes -= segment.geometry.segment_bytes
+            disk.changing_bytes -= footprint
         if isinstance(result, BaseException):
             self._keep(segment, result)
 
     def remove_now(self, segment: Segment) -> None:
         """`remove`, blocking; at start."""
-        self._disks[segment.disk].segment_bytes -= segment.geometry.segment_bytes
+        self._disks[segment.disk].segment_bytes -= checkpoint.footprint_bytes(segment.geometry)
         try:
             self._remove(segment)
         except OSError as error:
@@ -96,7 +99,7 @@ class SegmentFiles:
 
     def _keep(self, segment: Segment, error: BaseException) -> None:
         segment.close()
-        self._disks[segment.disk].unusable_bytes += segment.geometry.segment_bytes
+        self._disks[segment.disk].unusable_bytes += checkpoint.footprint_bytes(segment.geometry)
         namespace = Namespace(segment.namespace.hex())
         self.unusable_numbers.setdefault((segment.disk, namespace), set()).add(segment.number)
         log.error("segment_not_removed", path=str(segment.path), reason=str(error))

@@ -6,7 +6,7 @@ gives up. Nothing of that: there is no space. Of several free slots a block take
 parent's, so that a chain goes round all disks and one prefix is read from all of them at once.
 
 Invariants:
-- The bytes of all segment files on a disk, those being created and those that can't be used included,
+- The bytes of all files on a disk, checkpoints, those being created and those that can't be used included,
   never exceed its share of the budget (a share that shrank is met at start by dropping the coldest segments).
 - A segment with a leased block, or with a leased block's ancestor, is never taken.
 - Nothing is written to a disk that isn't SERVING.
@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from common.blocks import Namespace
 from common.disk.io_pool import IoPool
 from common.logs import Log
-from services.kvstore.disk import Disk, DiskState
+from services.kvstore.checkpoint import footprint_bytes, slots_that_fit
+from services.kvstore.disk import OWN_FILES_BYTES, Disk, DiskState
 from services.kvstore.eviction import NewcomersFirst
 from services.kvstore.files import Files
 from services.kvstore.metrics import Metrics
@@ -80,7 +81,7 @@ class Space:
         if shelf is not None:
             return shelf
         geometry = self.geometry(payload_bytes)
-        if geometry.segment_bytes > max(disk.budget_bytes for disk in self.disks):
+        if footprint_bytes(geometry) > max(disk.budget_bytes for disk in self.disks) - OWN_FILES_BYTES:
             return None
         return self.add_found(namespace, geometry, ticks)
 
@@ -92,10 +93,10 @@ class Space:
 
     def geometry(self, payload_bytes: int) -> Geometry:
         """Sizes of a new namespace's segments."""
-        slot_bytes = Geometry(payload_bytes, 1).slot_bytes
-        share = self.budget_bytes // max(1, len(self.serving))
-        room = min(self._segment_bytes, share // SEGMENTS_PER_BUDGET) - PAGE_BYTES
-        return Geometry(payload_bytes, min(SLOTS_MAX, max(1, room // slot_bytes)))
+        share = self.budget_bytes // max(1, len(self.serving)) - OWN_FILES_BYTES
+        wanted = (self._segment_bytes - PAGE_BYTES) // Geometry(payload_bytes, 1).slot_bytes
+        fitting = slots_that_fit(payload_bytes, share // SEGMENTS_PER_BUDGET)
+        return Geometry(payload_bytes, max(1, min(SLOTS_MAX, wanted, fitting)))
 
     async def prepare(self, shelf: Shelf, slots: int) -> None:
         """Gets free slots by new segments, as far as that is right. `take` may evict beyond.
@@ -127,7 +128,7 @@ class Space:
                 if not await self._grow(shelf, disk) and not self.segment_files.paused(disk):
                     break
             while shelf.free_slots < slots:
-                roomy = [disk for disk in self.disks if disk.has_room(shelf.geometry.segment_bytes)]
+                roomy = [disk for disk in self.disks if disk.has_room(footprint_bytes(shelf.geometry))]
                 if roomy:
                     if not await self._grow(shelf, max(roomy, key=lambda disk: disk.budget_bytes - disk.used_bytes)):
                         return
@@ -139,7 +140,7 @@ class Space:
         serving = self.serving
         part = -(-slots // max(1, len(serving)))
         for disk in serving:
-            room = disk.has_room(shelf.geometry.segment_bytes) and not self.segment_files.paused(disk)
+            room = disk.has_room(footprint_bytes(shelf.geometry)) and not self.segment_files.paused(disk)
             if room and shelf.free_on(disk.position) < part:
                 return disk
         return None
@@ -223,7 +224,7 @@ class Space:
 
     def adopt(self, shelf: Shelf, segment: Segment) -> range:
         """Takes a segment in; the numbers of its slots."""
-        self.disks[segment.disk].segment_bytes += segment.geometry.segment_bytes
+        self.disks[segment.disk].segment_bytes += footprint_bytes(segment.geometry)
         return shelf.add_segment(segment)
 
     async def _grow(self, shelf: Shelf, disk: Disk) -> bool:
@@ -271,7 +272,7 @@ class Space:
         """What is wrong, in words."""
         problems: list[str] = []
         for disk in self.disks:
-            held = sum(shelf.geometry.segment_bytes for shelf, _ in self._segments_on(disk))
+            held = sum(footprint_bytes(shelf.geometry) for shelf, _ in self._segments_on(disk))
             if held != disk.segment_bytes:
                 problems.append(f"{disk.folder}: {held} bytes in segments, {disk.segment_bytes} are accounted for")
             if disk.used_bytes > disk.budget_bytes and disk.used_bytes > disk.unusable_bytes:

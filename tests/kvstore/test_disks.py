@@ -24,7 +24,7 @@ from services.kvstore.identity import Claim, seat
 from services.kvstore.record import StoreIdentity, Unreadable
 from services.kvstore.scan import WINDOW
 from tests.kvstore.faulty import FailingFiles
-from tests.kvstore.support import NAMESPACE, OTHER, SEGMENT_BYTES, Rig, bytes_on_disk, chain, offers, options, rig, slot_offset
+from tests.kvstore.support import NAMESPACE, OTHER, Rig, bytes_on_disk, chain, offers, options, rig, room_for, slot_offset
 
 OK = PartStatus.OK
 
@@ -41,7 +41,7 @@ def folders(root: Path, count: int = 3) -> list[Path]:
 
 def three(**changed: object) -> object:
     """Eight segments of four slots on each of three disks."""
-    return options(**({"budget_bytes": 24 * SEGMENT_BYTES} | changed))
+    return options(**({"budget_bytes": room_for(24, disks=3)} | changed))
 
 
 def disks_of(one: Rig, keys: Sequence[bytes]) -> list[int]:
@@ -104,7 +104,7 @@ async def test_every_disk_keeps_its_share_of_the_budget(tmp_path: Path) -> None:
             assert await one.put(chain(4, f"chain{i}")) == [OK] * 4
             for disk in one.store.disks:
                 assert bytes_on_disk(disk.folder) <= disk.used_bytes <= disk.budget_bytes
-        assert [disk.used_bytes for disk in one.store.disks] == [8 * SEGMENT_BYTES] * 3
+        assert [disk.used_bytes for disk in one.store.disks] == [room_for(8)] * 3
         assert len(one.stored()) == 96
 
 
@@ -112,8 +112,8 @@ async def test_a_lowered_budget_is_met_on_every_disk(tmp_path: Path) -> None:
     keys = chain(90)
     async with rig(folders(tmp_path), three()) as one:
         await one.put(keys)
-    async with rig(folders(tmp_path), three(budget_bytes=12 * SEGMENT_BYTES)) as one:
-        assert all(bytes_on_disk(disk.folder) <= 4 * SEGMENT_BYTES for disk in one.store.disks)
+    async with rig(folders(tmp_path), three(budget_bytes=room_for(12, disks=3))) as one:
+        assert all(bytes_on_disk(disk.folder) <= room_for(4) for disk in one.store.disks)
         stored = len(await one.get(keys))
         assert stored == len(one.stored()) <= 48  # prefix-closed
 
@@ -280,7 +280,7 @@ async def test_one_directory_that_another_process_has_stops_the_start(tmp_path: 
 
 async def test_torn_blocks_of_a_disk_that_was_away_are_found(tmp_path: Path) -> None:
     first, second = folders(tmp_path, 2)
-    small = three(durable=False, budget_bytes=64 * SEGMENT_BYTES)
+    small = three(durable=False, budget_bytes=room_for(64, disks=3))
     async with rig([first, second], small) as one:
         keys = chain(2)
         await one.put(keys)
@@ -402,7 +402,7 @@ async def test_writes_that_never_come_back_hold_up_no_others(tmp_path: Path, mon
         release.wait()
         return None
 
-    async with rig(folders(tmp_path), three(budget_bytes=60 * SEGMENT_BYTES, reserved_bytes_max=1 << 30), files=files) as one:
+    async with rig(folders(tmp_path), three(budget_bytes=room_for(60, disks=3), reserved_bytes_max=1 << 30), files=files) as one:
         await one.put(keys)
         on_the_lost = {key for key, disk in zip(keys, disks_of(one, keys), strict=True) if disk == 1}
         room = await one.store.reserve(NAMESPACE, offers(chain(30, "room")), None)
@@ -422,7 +422,7 @@ async def test_writes_that_never_come_back_hold_up_no_others(tmp_path: Path, mon
         finally:
             release.set()
         await stuck
-    async with rig(folders(tmp_path), three(budget_bytes=60 * SEGMENT_BYTES)) as one:
+    async with rig(folders(tmp_path), three(budget_bytes=room_for(60, disks=3))) as one:
         assert await one.readable(keys) >= on_the_lost
 
 

@@ -257,7 +257,8 @@ async def test_a_pin_can_be_ended_and_what_is_not_stored_cannot_be_pinned(tmp_pa
 
 
 async def test_pins_keep_at_most_half_of_the_budget_and_count_shared_blocks_once(tmp_path: Path) -> None:
-    trunk = chain(CAPACITY // 2 - 1)  # the budget has room for half a slot more than twice the 17 that are kept below
+    kept = options().budget_bytes // 2 // SLOT_BYTES
+    trunk = chain(kept - 2)
     async with rig(tmp_path) as one:
         await one.put(trunk)
         for name in ("a", "b", "c"):
@@ -266,7 +267,7 @@ async def test_pins_keep_at_most_half_of_the_budget_and_count_shared_blocks_once
             assert one.store.pin(NAMESPACE, [*trunk, *chain(1, name, trunk[-1])], 60)
         with pytest.raises(Overloaded, match="at most 1024 pins and 50% of the budget"):
             one.store.pin(NAMESPACE, [*trunk, *chain(1, "c", trunk[-1])], 60)
-        assert len(one.store.pins) == 2 and one.store.pins.kept_bytes == (CAPACITY // 2 + 1) * SLOT_BYTES
+        assert len(one.store.pins) == 2 and one.store.pins.kept_bytes == kept * SLOT_BYTES
 
 
 async def test_a_pinned_block_that_turns_out_bad_goes_and_its_slot_is_not_kept(tmp_path: Path) -> None:
