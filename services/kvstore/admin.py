@@ -1,5 +1,6 @@
 """The operators' gRPC face: protobuf to the domain and back, every bound checked here."""
 
+import asyncio
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 from common import rpc
 from common.blocks import KEY_BYTES
 from common.disk.pages import aligned
-from common.errors import CorruptBlock, InvalidRequest, NotFound
+from common.errors import CorruptBlock, DeadlineExceeded, InvalidRequest, NotFound
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
 from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot
@@ -102,8 +103,10 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
         pinned = shelf.index.pinned(slot)
         shelf.index.pin(slot)
         try:
-            batch = self._store.files_pool.submit([partial(_read_header, segment, within)], INSPECT_DEADLINE_S)
-            (header,) = await batch.done
+            async with asyncio.timeout(INSPECT_DEADLINE_S):
+                header = await self._store.file_calls.run(segment.disk, partial(_read_header, segment, within))
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"slot {within} of {segment.path} could not be read in {INSPECT_DEADLINE_S:g} s") from error
         finally:
             shelf.index.unpin(slot)
         if not isinstance(header, SlotHeader):

@@ -10,18 +10,20 @@ Invariants:
   never exceed its share of the budget (a share that shrank is met at start by dropping the coldest segments).
 - A segment with a leased block, or with a leased block's ancestor, is never taken.
 - Nothing is written to a disk that isn't SERVING.
+- A disk on which a file is made or removed for longer than `PATIENCE_S` is set aside: the others' turns come, and its own end in their time.
 """
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
 
 from common.blocks import Namespace
-from common.disk.io_pool import IoPool
 from common.logs import Log
 from services.kvstore.checkpoint import footprint_bytes, slots_that_fit
 from services.kvstore.disk import OWN_FILES_BYTES, Disk, DiskState
 from services.kvstore.eviction import NewcomersFirst
+from services.kvstore.file_calls import FileCalls
 from services.kvstore.files import Files
 from services.kvstore.metrics import Metrics
 from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
@@ -32,17 +34,18 @@ from services.kvstore.tenants import Tenants
 
 log = Log("space")
 COMPARE_PAUSE_S = 5.0  # comparing namespaces looks at every block of the others
+PATIENCE_S = 1.0  # making a segment takes milliseconds
 SEGMENTS_PER_BUDGET = 8  # a segment is at most this fraction, so that namespaces can share a small budget
 
 
 class Space:
-    """The store's disk space. Belongs to the event loop; files are made and removed in the pool."""
+    """The store's disk space. Belongs to the event loop; files are made and removed by `FileCalls`."""
 
     def __init__(
         self,
         files: Files,
         disks: Sequence[Disk],
-        pool: IoPool,
+        calls: FileCalls,
         metrics: Metrics,
         *,
         segment_bytes: int,
@@ -54,7 +57,7 @@ class Space:
         self.tenants = tenants
         self.shelves: dict[Namespace, Shelf] = {}
         self.disks = disks
-        self.segment_files = SegmentFiles(files, disks, pool, clock, failed)
+        self.segment_files = SegmentFiles(files, disks, calls, clock, failed)
         self._metrics = metrics
         self._segment_bytes = segment_bytes
         self._clock = clock
@@ -105,12 +108,7 @@ class Space:
         """
         if shelf.free_slots >= slots and self._narrow(shelf, slots) is None:
             return
-        task = asyncio.create_task(self._prepare(shelf, slots))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        shelf.preparing += 1
-        task.add_done_callback(lambda _: setattr(shelf, "preparing", shelf.preparing - 1))
-        await asyncio.shield(task)
+        await asyncio.shield(self._begin(shelf, self._prepare(shelf, slots)))
 
     async def settle(self) -> None:
         """Waits until no segment is being made or removed."""
@@ -125,14 +123,14 @@ class Space:
     async def _prepare(self, shelf: Shelf, slots: int) -> None:
         async with self._changing:
             while (disk := self._narrow(shelf, slots)) is not None:
-                if not await self._grow(shelf, disk) and not self.segment_files.paused(disk):
-                    break
+                await self._patiently(self._begin(shelf, self._grow(shelf, disk)))
             while shelf.free_slots < slots:
                 roomy = [disk for disk in self.disks if disk.has_room(footprint_bytes(shelf.geometry))]
-                if roomy:
-                    if not await self._grow(shelf, max(roomy, key=lambda disk: disk.budget_bytes - disk.used_bytes)):
-                        return
-                elif not await self._take_over(shelf):
+                ready = [disk for disk in roomy if not self.segment_files.paused(disk)]
+                if ready:
+                    roomiest = max(ready, key=lambda disk: disk.budget_bytes - disk.used_bytes)
+                    await self._patiently(self._begin(shelf, self._grow(shelf, roomiest)))
+                elif roomy or not await self._take_over(shelf):
                     return
 
     def _narrow(self, shelf: Shelf, slots: int) -> Disk | None:
@@ -219,7 +217,7 @@ class Space:
                 if serving and position in shelf.segments and _heat(shelf, position) is not None:
                     removed = self._empty_segment(shelf, position)
                     freed_bytes += removed.geometry.segment_bytes
-                    await self.segment_files.remove(removed)
+                    await self._patiently(self._begin(shelf, self.segment_files.remove(removed)))
             return before - len(shelf.index), freed_bytes
 
     def adopt(self, shelf: Shelf, segment: Segment) -> range:
@@ -227,12 +225,31 @@ class Space:
         self.disks[segment.disk].segment_bytes += footprint_bytes(segment.geometry)
         return shelf.add_segment(segment)
 
-    async def _grow(self, shelf: Shelf, disk: Disk) -> bool:
+    async def _grow(self, shelf: Shelf, disk: Disk) -> None:
+        """A new segment on a disk; where that fails, the disk is paused or doesn't serve any more."""
         segment = await self.segment_files.make(shelf, disk)
-        if segment is None:
-            return False
-        shelf.free(reversed(shelf.add_segment(segment)))
-        return True
+        if segment is not None:
+            shelf.free(reversed(shelf.add_segment(segment)))
+
+    def _begin(self, shelf: Shelf, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work for a shelf, to its end, whether or not somebody waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        shelf.preparing += 1
+
+        def ended(_: object) -> None:
+            self._tasks.discard(task)
+            shelf.preparing -= 1
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _patiently(self, work: asyncio.Task[None]) -> bool:
+        """Whether it ended in time."""
+        done, _ = await asyncio.wait([work], timeout=PATIENCE_S)
+        for one in done:
+            one.result()
+        return bool(done)
 
     async def _take_over(self, shelf: Shelf) -> bool:
         """Removes another namespace's segment if all in it is colder than what `shelf` would evict."""
@@ -247,8 +264,7 @@ class Space:
         other, position, _ = chosen
         segment = self._empty_segment(other, position)
         log.event("segment_taken", path=str(segment.path), by=shelf.namespace)
-        await self.segment_files.remove(segment)
-        return True
+        return await self._patiently(self._begin(shelf, self.segment_files.remove(segment)))
 
     def _coldest_segment(self, shelves: list[Shelf], disk: Disk | None = None) -> tuple[Shelf, int, int] | None:
         """The segment (of one disk) whose hottest block, descendants elsewhere included, is coldest; its position and heat."""

@@ -23,7 +23,6 @@ import msgspec
 from common.blocks import KEY_BYTES, Namespace
 from common.disk.devices import DeviceEngines
 from common.disk.engine import Engine, open_engine
-from common.disk.io_pool import IoPool
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import NO_TERMS, Admission, BlockMeta, Terms
@@ -33,6 +32,7 @@ from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
 from services.kvstore.disk_watch import DiskWatch
 from services.kvstore.doorkeeper import Doorkeeper
+from services.kvstore.file_calls import FileCalls
 from services.kvstore.files import Files
 from services.kvstore.found import FoundNamespace
 from services.kvstore.intake import Intake
@@ -54,7 +54,6 @@ log = Log("store")
 EPOCH_BYTES = 16
 WRITE_LATE_S = 15.0  # then the disk is probed; the write is waited for all the same
 EXPIRY_POLL_S = 0.25  # while draining
-_FILE_THREADS = 4  # segments being made or removed, headers being erased
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
 
 
@@ -96,7 +95,7 @@ class Store:
         self.disks = open_disks(self._files, folders, budget_bytes=options.budget_bytes, direct=options.direct)
         self.readers = self._engines("kvstore-read", options.read_depth, options.pending_reads_max)
         self.writers = self._engines("kvstore-write", options.write_depth, _PENDING_WRITES_MAX)
-        self.files_pool = IoPool(_FILE_THREADS, "kvstore-files", _PENDING_WRITES_MAX)
+        self.file_calls = FileCalls(self.disks, lambda disk, error: self.watch.failed(disk, error))
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
         self.tenants = Tenants(options.tenant_quota_bytes)
@@ -105,14 +104,14 @@ class Store:
         self.space = Space(
             self._files,
             self.disks,
-            self.files_pool,
+            self.file_calls,
             self.metrics,
             segment_bytes=options.segment_bytes,
             clock=clock,
             failed=lambda disk, error: self.watch.failed(disk, error),
             tenants=self.tenants,
         )
-        self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, self.time_s)
+        self.checkpoints = Checkpoints(self._files, self.space, self.file_calls, clock, self.time_s)
         self.watch = DiskWatch(self._files, self.space, lambda disk: self.writer.close_numbers(disk.position))
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
@@ -245,18 +244,11 @@ class Store:
         usable = False
         if segment.writable:
             within = [shelf.place(slot)[1] for slot in slots]
-            try:
-                refused = await self.checkpoints.open_for_writing([segment])
-                result: bool | BaseException
-                if refused:
-                    result = refused[segment]
-                else:
-                    (result,) = await self.files_pool.submit([partial(_erase_slots, segment, within)]).done
-                usable = result is True
-                if isinstance(result, BaseException):
-                    self.io_failed(segment, result)
-            except Overloaded:
-                usable = False
+            refused = await self.checkpoints.open_for_writing([segment])
+            erased = refused.get(segment) or await self.file_calls.run(segment.disk, partial(_erase_slots, segment, within))
+            usable = erased is True
+            if isinstance(erased, BaseException):
+                self.io_failed(segment, erased)
         for slot in slots:
             shelf.erased(slot, usable=usable)
         return usable
@@ -369,7 +361,7 @@ class Store:
         """Ends the I/O and lets go of the folders. Blocking, idempotent."""
         self.readers.close()
         self.writers.close()
-        self.files_pool.close()
+        self.file_calls.close()
         self.watch.close()
         for shelf in self.space.shelves.values():
             for segment in shelf.segments.values():

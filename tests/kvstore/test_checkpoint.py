@@ -190,14 +190,14 @@ async def test_a_write_waits_for_a_checkpoint_that_is_about_to_be_saved_and_disc
     async with rig(tmp_path, clock=clock) as one:
         assert await one.put(chain(CAPACITY, "old")) == [PartStatus.OK] * CAPACITY  # all segments are full
         clock.now += QUIET_S + 1
-        held = [one.store.files_pool.submit([lambda: gate.wait(30)]) for _ in range(8)]  # every thread is busy
+        held = [asyncio.create_task(one.store.file_calls.run(0, lambda: gate.wait(30))) for _ in range(8)]  # every thread is busy
+        await asyncio.sleep(0)  # they are submitted
         one.store.sweep()
         writing = asyncio.create_task(one.put(chain(CAPACITY, "new")))
         await asyncio.wait([writing], timeout=0.2)  # time enough for one that doesn't wait
         gate.set()
         assert await writing == [PartStatus.OK] * CAPACITY
-        for batch in held:
-            await batch.done
+        await asyncio.gather(*held)
         await one.store.settle()
         assert not checkpoint_files(tmp_path)
     async with rig(tmp_path) as one:
