@@ -245,7 +245,9 @@ class Store:
         if segment.writable:
             within = [shelf.place(slot)[1] for slot in slots]
             refused = await self.checkpoints.open_for_writing([segment])
-            erased = refused.get(segment) or await self.file_calls.run(segment.disk, partial(_erase_slots, segment, within))
+            erased: bool | BaseException | None = refused.get(segment)
+            if erased is None:
+                erased = await self.file_calls.run(segment.disk, partial(_erase_slots, segment, within))
             usable = erased is True
             if isinstance(erased, BaseException):
                 self.io_failed(segment, erased)
