@@ -41,6 +41,8 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
             namespaces=[_namespace_info(shelf) for shelf in shelves],
             counters=self._store.metrics.counters(),
             scrub=self._scrub_reply(),
+            pins=len(self._store.pins),
+            pinned_bytes=self._store.pins.kept_bytes,
         )
 
     async def Inspect(self, request: pb.InspectRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.BlockInfo:
@@ -61,12 +63,7 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
 
     async def Pin(self, request: pb.PinRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PinReply:
         async with rpc.aborting(context, "Pin"):
-            namespace = namespace_from_pb(request.namespace)
-            if not 1 <= len(request.keys) <= KEYS_MAX:
-                raise InvalidRequest(f"{len(request.keys)} keys: expected 1 to {KEYS_MAX}", param="keys")
-            for key in request.keys:
-                _check_key(key)
-            return pb.PinReply(blocks=self._store.pin(namespace, request.keys, request.for_s))
+            return pb.PinReply(blocks=self._pin(request))
         raise AssertionError("unreachable")
 
     async def Scrub(self, request: pb.ScrubRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ScrubReply:
@@ -79,6 +76,19 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
                 self._scrub.stop()
             return self._scrub_reply()
         raise AssertionError("unreachable")
+
+    def _pin(self, request: pb.PinRequest) -> int:
+        if request.last:
+            if request.keys or request.namespace:
+                raise InvalidRequest("give last, or keys with a namespace, not both", param="last")
+            _check_key(request.last)
+            return self._store.pins.keep_block(request.last, request.for_s)
+        namespace = namespace_from_pb(request.namespace)
+        if not 1 <= len(request.keys) <= KEYS_MAX:
+            raise InvalidRequest(f"{len(request.keys)} keys: expected 1 to {KEYS_MAX}", param="keys")
+        for key in request.keys:
+            _check_key(key)
+        return self._store.pins.keep(namespace, request.keys, request.for_s)
 
     async def _evict(self, request: pb.EvictRequest) -> Removed:
         namespace = namespace_from_pb(request.namespace) if request.namespace else None

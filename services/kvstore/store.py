@@ -99,7 +99,6 @@ class Store:
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
         self.tenants = Tenants(options.tenant_quota_bytes)
-        self.pins = Pins(clock, lambda: self.space.budget_bytes)
         self.reuse = ReuseSample()
         self.space = Space(
             self._files,
@@ -111,6 +110,7 @@ class Store:
             failed=lambda disk, error: self.watch.failed(disk, error),
             tenants=self.tenants,
         )
+        self.pins = Pins(clock, self.space)
         self.checkpoints = Checkpoints(self._files, self.space, self.file_calls, clock, self.time_s)
         self.watch = DiskWatch(self._files, self.space, lambda disk: self.writer.close_numbers(disk.position))
         self.writer = Writer(self.writers, durable=options.durable)
@@ -203,17 +203,6 @@ class Store:
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Found(len(slots), token, granted_s)
-
-    def pin(self, namespace: Namespace, keys: Sequence[bytes], for_s: float) -> int:
-        """Keeps the stored prefix of a chain for a time, 0 to keep it no longer; its blocks. Raises `Overloaded`."""
-        shelf = self.space.shelves.get(namespace)
-        slots = shelf.index.prefix(keys) if shelf is not None else NO_SLOTS
-        if shelf is None or not len(slots):
-            return 0
-        if not for_s:
-            return self.pins.unpin(namespace, keys[len(slots) - 1])
-        self.pins.pin(shelf, keys, slots, for_s)
-        return len(slots)
 
     def condemn(self, shelf: Shelf, slot: int, sequence: int, reason: str) -> None:
         """A block's bytes can't be had, or are wrong: from now on it is a miss."""

@@ -428,5 +428,10 @@ async def test_terms_and_pins_go_over_the_wire(tmp_path: Path, region: Region) -
         admin = kvstore_pb2_grpc.AdminStub(channel)
         reply = await admin.Pin(pb.PinRequest(namespace=NAMESPACE, keys=keys, for_s=5), timeout=20)
         assert reply.blocks == 0
-        with pytest.raises(grpc.aio.AioRpcError, match="0 keys"):
-            await admin.Pin(pb.PinRequest(namespace=NAMESPACE), timeout=20)
+        for request, message in (
+            (pb.PinRequest(namespace=NAMESPACE), "0 keys"),
+            (pb.PinRequest(namespace=NAMESPACE, last=keys[0]), "not both"),
+            (pb.PinRequest(last=b"short"), "key has 5 bytes"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=message):
+                await admin.Pin(request, timeout=20)
