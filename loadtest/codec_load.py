@@ -117,7 +117,7 @@ async def _store(clusters: dict[CodecName, LocalCluster], wanted: Sequence[Seque
         for cluster in clusters.values():
             for prompt in wanted:
                 await client.complete(http, cluster.url, cluster.model_name, prompt, 1)
-            await cluster.settled()
+    await asyncio.gather(*(cluster.settled() for cluster in clusters.values()))
 
 
 async def _in_turns(

@@ -153,8 +153,8 @@ class Scrub:
         assert isinstance(result, BaseException)
         self.progress.corrupt += 1
         self._store.metrics.scrub_corrupt_blocks += 1
-        self._store.io_failed(segment, result)
-        self._store.condemn(shelf, slot, sequence, f"scrub: {result}")
+        self._store.watch.failed_on(segment, result)
+        self._store.erasures.condemn(shelf, slot, sequence, f"scrub: {result}")
 
 
 def _verify(segment: Segment, within: int, key: bytes, sequence: int, checksum: int) -> bool:

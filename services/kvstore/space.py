@@ -137,8 +137,9 @@ class Space:
         """A disk that has room, but not yet its part of the free slots that `slots` blocks in turn would take."""
         serving = self.serving
         part = -(-slots // max(1, len(serving)))
+        footprint = footprint_bytes(shelf.geometry)
         for disk in serving:
-            room = disk.has_room(footprint_bytes(shelf.geometry)) and not self.segment_files.paused(disk)
+            room = disk.has_room(footprint) and not self.segment_files.paused(disk)
             if room and shelf.free_on(disk.position) < part:
                 return disk
         return None

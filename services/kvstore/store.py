@@ -15,7 +15,6 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,19 +31,18 @@ from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
 from services.kvstore.disk_watch import DiskWatch
 from services.kvstore.doorkeeper import Doorkeeper
+from services.kvstore.erasures import Erasures
 from services.kvstore.file_calls import FileCalls
 from services.kvstore.files import Files
-from services.kvstore.found import FoundNamespace
 from services.kvstore.intake import Intake
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
+from services.kvstore.opening import take_in
 from services.kvstore.options import StoreOptions
 from services.kvstore.pins import Pins
 from services.kvstore.record import PAYLOAD_BYTES_MAX
 from services.kvstore.reuse import ReuseSample
 from services.kvstore.scan import WINDOW, scan
-from services.kvstore.segment import Segment
-from services.kvstore.shelf import Shelf
 from services.kvstore.space import Space
 from services.kvstore.store_time import StoreTime
 from services.kvstore.tenants import Tenants, digest
@@ -113,12 +111,12 @@ class Store:
         self.pins = Pins(clock, self.space)
         self.checkpoints = Checkpoints(self._files, self.space, self.file_calls, clock, self.time_s)
         self.watch = DiskWatch(self._files, self.space, lambda disk: self.writer.close_numbers(disk.position))
+        self.erasures = Erasures(self.checkpoints, self.file_calls, self.watch, self.metrics)
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
         doorkeeper = Doorkeeper() if options.admission == "second_touch" else None
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max, doorkeeper)
         self._lease_ended = asyncio.Event()
-        self._erasing: set[asyncio.Task[bool]] = set()
 
     def _engines(self, label: str, depth: int, pending_max: int) -> Engine:
         """One engine for each disk, behind one face."""
@@ -153,9 +151,7 @@ class Store:
         found = scan(self._files, self.disks, threads=self.options.read_depth)
         counts = found.counts
         for one in found.namespaces:
-            for disk, numbers in one.unusable_numbers.items():
-                self.space.segment_files.unusable_numbers[disk, one.namespace] = numbers
-            self._load_namespace(one)
+            take_in(one, self.space, self._ticks)
         self.writer.next_sequence = max(found.last_sequence, found.last_tick) + 1
         self.metrics.corrupt_blocks += counts.damaged + counts.foreign + counts.torn
         self.space.fit_budget()
@@ -172,16 +168,6 @@ class Store:
             blocks_per_s=round(counts.blocks / max(seconds, 1e-9)),
             **msgspec.structs.asdict(counts),
         )
-
-    def _load_namespace(self, one: FoundNamespace) -> None:
-        if one.geometry is None:
-            return
-        shelf = self.space.add_found(one.namespace, one.geometry, self._ticks)
-        for found in one.segments:
-            first = self.space.adopt(shelf, found.segment).start
-            if found.segment.writable:
-                shelf.free((first + found.free[::-1]).tolist())
-        shelf.store_found([(found.segment, found.entries) for found in one.segments])
 
     # Reading
 
@@ -203,46 +189,6 @@ class Store:
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Found(len(slots), token, granted_s)
-
-    def condemn(self, shelf: Shelf, slot: int, sequence: int, reason: str) -> None:
-        """A block's bytes can't be had, or are wrong: from now on it is a miss."""
-        key = shelf.index.key(slot)
-        if key is None or shelf.index.sequence(slot) != sequence:
-            return
-        segment, within = shelf.place(slot)
-        log.warning("block_dropped", key=key.hex(), path=str(segment.path), slot=within, reason=reason)
-        self.metrics.corrupt_blocks += 1
-        writable = segment.writable
-        if not writable:
-            shelf.index.unpin(slot)
-        shelf.condemn(slot)
-        self.erase(shelf, segment, [slot])
-
-    def io_failed(self, segment: Segment, error: BaseException) -> None:
-        """A read or write of a segment failed, or took too long: is it the disk?"""
-        self.watch.failed(self.disks[segment.disk], error)
-
-    def erase(self, shelf: Shelf, segment: Segment, slots: Sequence[int]) -> "asyncio.Task[bool]":
-        """Makes condemned slots of one segment empty on disk, so that no start finds their blocks; whether it worked."""
-        task = asyncio.create_task(self._erase(shelf, segment, slots))
-        self._erasing.add(task)
-        task.add_done_callback(self._erasing.discard)
-        return task
-
-    async def _erase(self, shelf: Shelf, segment: Segment, slots: Sequence[int]) -> bool:
-        usable = False
-        if segment.writable:
-            within = [shelf.place(slot)[1] for slot in slots]
-            refused = await self.checkpoints.open_for_writing([segment])
-            erased: bool | BaseException | None = refused.get(segment)
-            if erased is None:
-                erased = await self.file_calls.run(segment.disk, partial(_erase_slots, segment, within))
-            usable = erased is True
-            if isinstance(erased, BaseException):
-                self.io_failed(segment, erased)
-        for slot in slots:
-            shelf.erased(slot, usable=usable)
-        return usable
 
     # Writing
 
@@ -278,7 +224,7 @@ class Store:
         writing = asyncio.create_task(self.writer.write([write for write in writes if write.segment not in refused]))
         while not (await asyncio.wait([writing], timeout=WRITE_LATE_S))[0]:
             for segment in {write.segment for write in writes}:
-                self.io_failed(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
+                self.watch.failed_on(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
         outcomes = iter(writing.result())
         return [Outcome(0, refused[write.segment]) if write.segment in refused else next(outcomes) for write in writes]
 
@@ -345,8 +291,7 @@ class Store:
         await self.space.settle()
         await self.checkpoints.settle()
         await self.watch.settle()
-        while self._erasing:
-            await asyncio.wait(self._erasing)
+        await self.erasures.settle()
 
     def close(self) -> None:
         """Ends the I/O and lets go of the folders. Blocking, idempotent."""
@@ -381,10 +326,3 @@ class Store:
         if self.writer.open_writes > WINDOW:
             problems.append(f"{self.writer.open_writes} writes are open: at most {WINDOW}")
         return problems
-
-
-def _erase_slots(segment: Segment, slots: Sequence[int]) -> bool:
-    for slot in slots:
-        segment.erase(slot)
-    segment.sync()
-    return True

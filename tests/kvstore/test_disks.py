@@ -351,7 +351,7 @@ async def test_an_unmounted_directory_is_lost_after_its_first_error(tmp_path: Pa
     async with rig(folders(tmp_path), three(), files=files) as one:
         await one.put(keys)
         (folders(tmp_path)[2] / "STORE").unlink()  # what a mount point without its file system looks like
-        one.store.io_failed(
+        one.store.watch.failed_on(
             next(s for s in one.store.space.shelves[NAMESPACE].segments.values() if s.disk == 2), OSError(errno.EIO, "gone")
         )
         await one.store.settle()

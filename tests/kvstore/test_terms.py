@@ -292,7 +292,7 @@ async def test_a_pinned_block_that_turns_out_bad_goes_and_its_slot_is_not_kept(t
         shelf = one.store.space.shelves[NAMESPACE]
         slot = shelf.index.find(keys[1])
         assert slot is not None
-        one.store.condemn(shelf, slot, shelf.index.sequence(slot), "a test says so")
+        one.store.erasures.condemn(shelf, slot, shelf.index.sequence(slot), "a test says so")
         await one.store.settle()
         one.store.sweep()
         assert not len(one.store.pins) and not shelf.index.pins_total()
