@@ -32,8 +32,8 @@ from services.cli.settings import DEMO_MODEL
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama 3 8B's
 CONTEXT_TOKENS = 2048
 LAYOUT = KvLayout(LAYERS, KV_HEADS, HEAD_DIM, "bfloat16", default_block_tokens(4 * LAYERS * KV_HEADS * HEAD_DIM))
-POOL_BYTES = CONTEXT_TOKENS * LAYOUT.bytes_per_token  # what a worker makes present at its start: no load pays for fresh pages
 WARM_TURNS = 4
+POOL_PROMPTS = 2  # one that is computed, and the one before it, which is still being written
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -97,7 +97,10 @@ def measure(data: Path, codecs: Sequence[CodecName], count: int, tokens: int, ro
     """For each codec medians over all loads; gains are medians of the ratio to `codecs[0]` in the same turn, with their quartiles."""
     model = make_model(data / "kv-model")
     config = data / "penstock.toml"
-    config.write_text(f'[router]\nplans = ["direct"]\n[decode]\npool_bytes = {POOL_BYTES}\n')
+    pool_bytes = POOL_PROMPTS * (tokens + 1) * LAYOUT.bytes_per_token
+    config.write_text(
+        f'[router]\nplans = ["direct"]\n[decode]\npool_bytes = {max(pool_bytes, CONTEXT_TOKENS * LAYOUT.bytes_per_token)}\n'
+    )
     wanted = prompts(count, tokens)
     with ExitStack() as stack:
         clusters = {
