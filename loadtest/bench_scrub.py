@@ -99,7 +99,6 @@ async def measure(given: argparse.Namespace, folder: Path) -> dict[str, float]:
                 results[load][name].append(took)
                 running.cancel()
                 await asyncio.wait([running])
-                await asyncio.to_thread(scrub.close)
                 scrubbed[load] += scrub.progress.bytes_done
         await store.settle()
     finally:

@@ -1,6 +1,7 @@
 """A disk of several that hangs, without an error: what is late is noticed, and holds up nothing on the others."""
 
 import asyncio
+import random
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from services.kvstore import store as store_module
 from services.kvstore.checkpoints import QUIET_S
 from services.kvstore.disk import DiskState
 from services.kvstore.scan import WINDOW
+from services.kvstore.scrub import Scrub
 from services.kvstore.segment import Segment
 from tests.kvstore.faulty import FailingFiles
 from tests.kvstore.several import disks_of, folders, hanging, on_folder, three
@@ -140,3 +142,27 @@ async def test_a_hanging_disk_keeps_no_checkpoints_from_being_saved_elsewhere(tm
                     await asyncio.wait([asyncio.create_task(one.store.checkpoints.settle())], timeout=0.01)
         finally:
             release.set()
+
+
+async def test_a_hanging_disk_keeps_no_blocks_from_being_scrubbed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_calls, "LATE_S", 0.1)
+    files, release = FailingFiles(), threading.Event()
+    async with rig(folders(tmp_path), three(), files=files) as one:
+        keys = chain(24)
+        await one.put(keys)
+        one.store.watch.probe_deadline_s = 30.0  # not given up before the pass has ended
+        files.fail["read"] = on_folder(folders(tmp_path)[1], hanging(release))
+        scrub = Scrub(one.store, bytes_per_s=1 << 40, every_s=0, choice=random.Random(1))
+        try:
+            async with asyncio.timeout(30):
+                await scrub.run_once()
+            assert scrub.progress.blocks_done == 16 and not scrub.progress.corrupt
+        finally:
+            release.set()
+        await one.store.settle()
+        async with asyncio.timeout(30):
+            while scrub.progress.blocks_done < 24:  # when it has answered, its blocks are scrubbed again
+                await scrub.run_once()
+        assert one.stored() == set(keys)
