@@ -35,7 +35,7 @@ class SegmentFiles:
         failed: Callable[[Disk, BaseException], None],
     ) -> None:
         """`failed` is told of errors on a disk."""
-        self.unusable_numbers: dict[tuple[int, Namespace], set[int]] = {}  # by disk and namespace
+        self.unusable_numbers: dict[tuple[int, Namespace], set[int]] = {}  # by disk and namespace: left alone, or being removed
         self._files = files
         self._disks = disks
         self._calls = calls
@@ -51,7 +51,7 @@ class SegmentFiles:
         """A new segment on a disk, or None: it is full, paused, failing, or by now not serving any more."""
         if self.paused(disk):
             return None
-        unusable = self.unusable_numbers.get((disk.position, shelf.namespace), set())
+        unusable = self._unusable(disk.position, shelf.namespace)
         number = shelf.next_segment_number(disk.position, unusable.__contains__)
         header = SegmentHeader(shelf.namespace_bytes, shelf.geometry, number)
         folder = disk.namespaces / shelf.namespace
@@ -76,8 +76,9 @@ class SegmentFiles:
         return made
 
     async def remove(self, segment: Segment) -> None:
-        """Deletes the file of a segment that no shelf has any more."""
-        disk = self._disks[segment.disk]
+        """Deletes the file of a segment that no shelf has any more. Its number isn't given out again before it is gone."""
+        disk, numbers = self._disks[segment.disk], self._unusable(segment.disk, Namespace(segment.namespace.hex()))
+        numbers.add(segment.number)
         footprint = checkpoint.footprint_bytes(segment.geometry)
         disk.segment_bytes -= footprint
         disk.changing_bytes += footprint
@@ -86,6 +87,8 @@ class SegmentFiles:
         disk.changing_bytes -= footprint
         if isinstance(result, BaseException):
             self._keep(segment, result)
+        else:
+            numbers.remove(segment.number)
 
     def remove_now(self, segment: Segment) -> None:
         """`remove`, blocking; at start."""
@@ -104,7 +107,10 @@ class SegmentFiles:
 
     def _count_unusable(self, disk: Disk, namespace: Namespace, number: int, length: int) -> None:
         disk.unusable_bytes += length
-        self.unusable_numbers.setdefault((disk.position, namespace), set()).add(number)
+        self._unusable(disk.position, namespace).add(number)
+
+    def _unusable(self, disk: int, namespace: Namespace) -> set[int]:
+        return self.unusable_numbers.setdefault((disk, namespace), set())
 
     def _create(self, disk: Disk, folder: Path, header: SegmentHeader) -> Segment:
         if not folder.exists():

@@ -14,6 +14,7 @@ from services.kvstore import space as space_module
 from services.kvstore import store as store_module
 from services.kvstore.checkpoints import QUIET_S
 from services.kvstore.disk import DiskState
+from services.kvstore.removal import remove_namespace
 from services.kvstore.scan import WINDOW
 from services.kvstore.scrub import Scrub
 from services.kvstore.segment import Segment
@@ -166,3 +167,27 @@ async def test_a_hanging_disk_keeps_no_blocks_from_being_scrubbed_elsewhere(
             while scrub.progress.blocks_done < 24:  # when it has answered, its blocks are scrubbed again
                 await scrub.run_once()
         assert one.stored() == set(keys)
+
+
+async def test_a_segment_whose_removal_hangs_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the removal, when it comes, would take the new segment of that name."""
+    monkeypatch.setattr(space_module, "PATIENCE_S", 0.1)
+    files, release = FailingFiles(), threading.Event()
+    async with rig(folders(tmp_path), three(), files=files) as one:
+        await one.put(chain(12, "old"))
+        files.fail["remove"] = on_folder(folders(tmp_path)[1], hanging(release))
+        try:
+            assert (await remove_namespace(one.store, NAMESPACE)).evicted == 12
+            keys = chain(12, "new")
+            assert await one.put(keys) == [OK] * 12
+        finally:
+            release.set()
+        await one.store.settle()
+        assert [segment.path for segment in segments_of(one) if not segment.path.exists()] == []
+        assert len(await one.get(keys)) == 12
+        del files.fail["remove"]
+        await remove_namespace(one.store, NAMESPACE)
+        assert [disk.used_bytes for disk in one.store.disks] == [room_for(0)] * 3
+    async with rig(folders(tmp_path), three()) as one:
+        await one.put(keys)
+        assert [segment.path.name for segment in segments_of(one)] == ["00000000.seg"] * 3  # names are used again

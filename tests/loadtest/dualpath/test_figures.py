@@ -1,5 +1,6 @@
 """What is concluded from measured jobs, worked out by hand."""
 
+
 import pytest
 
 from loadtest.dualpath import conclusions
