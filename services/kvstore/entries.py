@@ -67,7 +67,7 @@ class Believed:
         self.written_s = written_s
 
 
-class Pages(msgspec.Struct, frozen=True):
+class HeaderPages(msgspec.Struct, frozen=True):
     """Header pages where they were read: one begins every `stride` bytes. `readable` says which of them could be read."""
 
     memory: memoryview
@@ -84,7 +84,7 @@ class Pages(msgspec.Struct, frozen=True):
         return np.fromiter((google_crc32c.value(pages[i]) for i in which.tolist()), np.uint32, len(which))
 
 
-def believe(pages: Pages, namespace: bytes, geometry: Geometry, segment: int, first_slot: int) -> Believed:
+def believe(pages: HeaderPages, namespace: bytes, geometry: Geometry, segment: int, first_slot: int) -> Believed:
     """Decodes the header pages of consecutive slots of a segment."""
     rows = pages.rows
     verdicts = np.full(len(rows), Verdict.BLOCK, np.uint8)

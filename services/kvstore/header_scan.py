@@ -1,7 +1,7 @@
 """Reads header pages of a segment and believes what can be believed. Blocking, any thread.
 
 Small slots are read whole, many at once: the disk gives a header page by itself hardly sooner than the
-whole slot, and far fewer of them a second. Of larger slots only the header pages are read. Pages are decoded
+whole slot, and far fewer of them a second. Of larger slots only the header pages are read. HeaderPages are decoded
 where they were read, in memory on huge pages that belongs to the thread: nothing is copied.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from common.logs import Log
 from services.kvstore.column import Flags, Slots
-from services.kvstore.entries import Entries, Pages, Verdict, believe
+from services.kvstore.entries import Entries, HeaderPages, Verdict, believe
 from services.kvstore.record import PAGE_BYTES, Geometry
 from services.kvstore.segment import Segment, scratch
 
@@ -43,7 +43,7 @@ def scan_run(segment: Segment, slots: range) -> RunScan:
     geometry = segment.geometry
     stride = geometry.slot_bytes if read_whole(geometry) else PAGE_BYTES
     piece = scratch(len(slots) * stride)
-    pages = Pages(piece, stride, _read(segment, slots, piece, stride))
+    pages = HeaderPages(piece, stride, _read(segment, slots, piece, stride))
     found = believe(pages, segment.namespace, geometry, segment.number, slots.start)
     counts = np.bincount(found.verdicts, minlength=len(Verdict))
     seen = {verdict: int(counts[verdict]) for verdict in Verdict}
