@@ -1,7 +1,7 @@
 """Reads header pages of a segment and believes what can be believed. Blocking, any thread.
 
 Small slots are read whole, many at once: the disk gives a header page by itself hardly sooner than the
-whole slot, and far fewer of them a second. Of larger slots only the header pages are read. HeaderPages are decoded
+whole slot, and far fewer of them a second. Of larger slots only the header pages are read. Pages are decoded
 where they were read, in memory on huge pages that belongs to the thread: nothing is copied.
 """
 
