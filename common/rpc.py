@@ -26,6 +26,7 @@ from common.errors import (
     meaning,
 )
 from common.logs import Log
+from common.rpc_decoding import RefuseMalformed
 
 log = Log("rpc")
 T = TypeVar("T")
@@ -79,7 +80,7 @@ async def serve(host: str, port: int, names: Iterable[str], register: Callable[[
     Raises:
         Unavailable: the address is in use.
     """
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[RefuseMalformed(abort)])
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     register(server)

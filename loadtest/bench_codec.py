@@ -75,8 +75,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context-tokens", type=int, default=2048, help="whose KV goes through the codec (default: %(default)s)")
     parser.add_argument("--scored-tokens", type=int, default=512, help="after the context (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=256, help="generated greedily (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="stored prompts to load (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=4, help="stored prompts to load (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="loads of each prompt by each codec (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder for the load part's model and stores; default: a temporary one")
     options = parser.parse_args(argv)
     if wrong := set(options.parts.split(",")) - set(PARTS):
@@ -100,7 +101,7 @@ def main() -> int:
         say("load")
         with tempfile.TemporaryDirectory(prefix="penstock-codec-") as scratch:
             data = options.data or Path(scratch)
-            result["load"] = codec_load.measure(data, CODECS, options.prompts, options.prompt_tokens)
+            result["load"] = codec_load.measure(data, CODECS, options.prompts, options.prompt_tokens, options.rounds)
     print(json.dumps(rounded(result)))
     return 0
 

@@ -1,18 +1,19 @@
 """How much quicker a stored prompt loads with each codec, through the running services.
 
 The sum: a token of the model has 32 layers x 8 KV heads x 128 x 2 x 2 bytes = 131,072 bytes of KV, as Llama 3 8B has; 16 tokens make a
-block of 2 MiB, 1024 tokens 128 MiB. A disk of 1.2 GB/s reads that in 0.11 s, half of it in 0.056 s. The copy into the pool,
-which decoding replaces, takes 0.02 s of a core either way.
+block of 2 MiB, 1024 tokens 128 MiB. A disk of 3.3 GB/s reads that in 41 ms, half of it in 20 ms. The copy into the pool,
+which decoding replaces, takes 8 ms of a core either way.
 
-One cluster per codec, all alive, taking turns prompt by prompt. A prompt that its store lacks is computed and stored; then all
-clusters restart and the turns begin again. So a prompt that counts is loaded once in the life of its processes: no memory holds it.
+One cluster per codec, all alive. First every cluster computes and stores every prompt; then they take turns prompt by prompt, over and
+over, in an order that moves on by one each time, and each load counts. A pool holds two prompts, so that what comes is always
+from the disk (direct I/O): a load that moved other bytes than the whole prompt's ends the run. The router may use one plan only, `direct`:
+with the others it loads a part and computes the rest meanwhile, as much as it thinks is quicker.
 """
 
 import asyncio
 import random
 import shutil
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,16 +32,21 @@ from services.cli.settings import DEMO_MODEL
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama 3 8B's
 CONTEXT_TOKENS = 2048
 LAYOUT = KvLayout(LAYERS, KV_HEADS, HEAD_DIM, "bfloat16", default_block_tokens(4 * LAYERS * KV_HEADS * HEAD_DIM))
-POOL_BYTES = CONTEXT_TOKENS * LAYOUT.bytes_per_token  # what a worker makes present at its start: no load pays for fresh pages
-PATH = "storage_to_decode"
+WARM_TURNS = 4
+POOL_PROMPTS = 2  # one that is computed, and the one before it, which is still being written
 
 
 class Load(msgspec.Struct, frozen=True):
     """One stored prompt's load, as decode counted it, and the client's wait for the first token."""
 
     bytes: float
-    seconds: float
+    read_s: float  # from the store into the stage, verified
+    pool_s: float  # from there into the pool, decoded
     ttft_s: float
+
+    @property
+    def load_s(self) -> float:
+        return self.read_s + self.pool_s
 
 
 def make_model(directory: Path) -> Path:
@@ -67,34 +73,34 @@ def prompts(count: int, tokens: int) -> list[list[int]]:
     return [[rng.randrange(100, 4096) for _ in range(blocks * LAYOUT.block_tokens + 1)] for _ in range(count)]
 
 
-async def load(http: httpx.AsyncClient, cluster: LocalCluster, prompt: Sequence[int]) -> Load | None:
-    """None: the prompt was not stored, and now will be."""
+async def load(http: httpx.AsyncClient, cluster: LocalCluster, prompt: Sequence[int]) -> Load:
     before = await _moved(http, cluster)
     outcome = await client.complete(http, cluster.url, cluster.model_name, prompt, 1)
     after = await _moved(http, cluster)
-    if outcome.cached_tokens != len(prompt) - 1:
-        return None
-    return Load(after[0] - before[0], after[1] - before[1], outcome.ttft_s)
+    read_bytes, read_s, _, pool_s = (y - x for x, y in zip(before, after, strict=True))
+    return Load(read_bytes, read_s, pool_s, outcome.ttft_s)
 
 
-async def _moved(http: httpx.AsyncClient, cluster: LocalCluster) -> tuple[float, float]:
-    """Bytes and seconds of the path from storage to decode so far."""
+async def _moved(http: httpx.AsyncClient, cluster: LocalCluster) -> list[float]:
+    """Bytes and seconds so far, from storage to decode and from the stage into the pool."""
     text = (await http.get(f"{cluster.url}/metrics")).text
     found = {
-        sample.name: sample.value
+        (sample.labels.get("path"), sample.name): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.labels.get("path") == PATH
     }
-    return found.get("penstock:kv_bytes_total", 0.0), found.get("penstock:kv_path_seconds_total", 0.0)
+    names = ("penstock:kv_bytes_total", "penstock:kv_path_seconds_total")
+    return [found.get((path, name), 0.0) for path in ("storage_to_decode", "host_to_device") for name in names]
 
 
-def measure(data: Path, codecs: Sequence[CodecName], count: int, tokens: int) -> dict[str, dict[str, float]]:
-    """For each codec medians over the prompts, and the best of them, which other work on the machine disturbs least; ratios are
-    medians of the ratio to `codecs[0]` for the same prompt."""
+def measure(data: Path, codecs: Sequence[CodecName], count: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """For each codec medians over all loads; gains are medians of the ratio to `codecs[0]` in the same turn, with their quartiles."""
     model = make_model(data / "kv-model")
     config = data / "penstock.toml"
-    config.write_text(f"[decode]\npool_bytes = {POOL_BYTES}\n")
+    pool_bytes = POOL_PROMPTS * (tokens + 1) * LAYOUT.bytes_per_token
+    config.write_text(
+        f'[router]\nplans = ["direct"]\n[decode]\npool_bytes = {max(pool_bytes, CONTEXT_TOKENS * LAYOUT.bytes_per_token)}\n'
+    )
     wanted = prompts(count, tokens)
     with ExitStack() as stack:
         clusters = {
@@ -103,45 +109,55 @@ def measure(data: Path, codecs: Sequence[CodecName], count: int, tokens: int) ->
             )
             for codec in codecs
         }
-        loads = asyncio.run(_in_turns(clusters, wanted))
-        if not loads:
-            for cluster in clusters.values():
-                asyncio.run(cluster.settled())
-                cluster.restart()
-            loads = asyncio.run(_in_turns(clusters, wanted))
-    if not loads:
-        raise RuntimeError("prompts that were stored were not loaded: evicted, dropped by write-back, or routed another way")
+        asyncio.run(_store(clusters, wanted))
+        loads = asyncio.run(_in_turns(clusters, wanted, rounds))
     return {codec: _summary(codec, loads[codec], loads[codecs[0]], len(wanted[0]) - 1) for codec in codecs}
 
 
-async def _in_turns(clusters: dict[CodecName, LocalCluster], wanted: Sequence[Sequence[int]]) -> dict[CodecName, list[Load]]:
-    """One load of each prompt by each cluster; nothing when some were not stored."""
-    loads: dict[CodecName, list[Load]] = {codec: [] for codec in clusters}
-    missing = 0
+async def _store(clusters: dict[CodecName, LocalCluster], wanted: Sequence[Sequence[int]]) -> None:
+    """Every cluster has computed and written every prompt."""
     async with client.client() as http:
-        for cluster in clusters.values():  # connections and code paths, with a prompt that no store has
-            await client.complete(http, cluster.url, cluster.model_name, [7] * (LAYOUT.block_tokens - 1), 2)
-        for prompt in wanted:
-            for codec, cluster in clusters.items():
-                found = await load(http, cluster, prompt)
-                print(f"{codec}: {found or 'computed and stored'}", file=sys.stderr, flush=True)
-                if found is None:
-                    missing += 1
-                else:
-                    loads[codec].append(found)
-    return {} if missing else loads
+        for cluster in clusters.values():
+            for prompt in wanted:
+                await client.complete(http, cluster.url, cluster.model_name, prompt, 1)
+    await asyncio.gather(*(cluster.settled() for cluster in clusters.values()))
+
+
+async def _in_turns(
+    clusters: dict[CodecName, LocalCluster], wanted: Sequence[Sequence[int]], rounds: int
+) -> dict[CodecName, list[Load]]:
+    """Loads of all prompts by all clusters, in the same order by each; the first ones, of cold processes, don't count."""
+    loads: dict[CodecName, list[Load]] = {codec: [] for codec in clusters}
+    order = list(clusters)
+    async with client.client() as http:
+        for turn in range(-WARM_TURNS, rounds * len(wanted)):
+            for codec in order:
+                prompt = wanted[turn % len(wanted)]
+                one = await load(http, clusters[codec], prompt)
+                expected = StoredLayout(LAYOUT, codec).bytes_per_token * (len(prompt) - 1)
+                if one.bytes != expected:
+                    raise RuntimeError(
+                        f"{codec}, turn {turn}: {one.bytes:.0f} bytes were loaded, expected {expected:.0f}: "
+                        "evicted, dropped by write-back, or still in the pool"
+                    )
+                if turn >= 0:
+                    loads[codec].append(one)
+            order.append(order.pop(0))
+    return loads
 
 
 def _summary(codec: CodecName, loads: Sequence[Load], raw: Sequence[Load], tokens: int) -> dict[str, float]:
     pairs = list(zip(raw, loads, strict=True))
-    return {
-        "bytes_per_token": statistics.median(one.bytes for one in loads) / tokens,
-        "bytes_per_token_by_format": StoredLayout(LAYOUT, codec).bytes_per_token,
-        "load_s": statistics.median(one.seconds for one in loads),
-        "load_best_s": min(one.seconds for one in loads),
-        "read_gb_per_s": statistics.median(one.bytes / one.seconds for one in loads) * 1e-9,
-        "load_speed_over_raw": statistics.median(a.seconds / b.seconds for a, b in pairs),
+    out = {
+        "loads": len(loads),
+        "bytes_per_token": loads[0].bytes / tokens,
+        "read_s": statistics.median(one.read_s for one in loads),
+        "pool_s": statistics.median(one.pool_s for one in loads),
         "ttft_s": statistics.median(one.ttft_s for one in loads),
-        "ttft_best_s": min(one.ttft_s for one in loads),
-        "ttft_speed_over_raw": statistics.median(a.ttft_s / b.ttft_s for a, b in pairs),
+        "read_gb_per_s": statistics.median(one.bytes / one.read_s for one in loads) * 1e-9,
     }
+    for name in ("read", "load", "ttft"):
+        gains = [getattr(a, f"{name}_s") / getattr(b, f"{name}_s") for a, b in pairs]
+        low, middle, high = statistics.quantiles(gains, n=4)
+        out |= {f"{name}_gain": middle, f"{name}_gain_p25": low, f"{name}_gain_p75": high}
+    return out

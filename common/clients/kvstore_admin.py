@@ -1,4 +1,4 @@
-"""A kvstore's operators' side: what it holds, one block of it, evicting, scrubbing.
+"""A kvstore's operators' side: what it holds, one block of it, evicting, pinning, scrubbing.
 
 Every call has a deadline and raises errors of `common.errors`.
 """
@@ -50,6 +50,8 @@ class StoreStat(msgspec.Struct, frozen=True):
     namespaces: tuple[NamespaceInfo, ...]
     counters: dict[str, int]
     scrub: ScrubReport
+    pins: int
+    pinned_bytes: int
 
 
 class BlockInfo(msgspec.Struct, frozen=True):
@@ -68,7 +70,7 @@ class BlockInfo(msgspec.Struct, frozen=True):
 
 
 class Evicted(msgspec.Struct, frozen=True):
-    """What an evict call did. `kept`: leased, or on a disk that can't be written."""
+    """What an evict call did. `kept`: leased, pinned, or on a disk that can't be written."""
 
     evicted: int
     kept: int
@@ -87,7 +89,8 @@ class KvStoreAdmin:
     async def stat(self) -> StoreStat:
         reply = cast(pb.StatReply, await rpc.call(self._stub.Stat(pb.StatRequest(), timeout=self._deadline_s), self.address))
         namespaces = tuple(NamespaceInfo(**_plain(one, NamespaceInfo)) for one in reply.namespaces)
-        return StoreStat(store_info(reply.info), namespaces, dict(reply.counters), _scrub(reply.scrub))
+        counters, scrub = dict(reply.counters), _scrub(reply.scrub)
+        return StoreStat(store_info(reply.info), namespaces, counters, scrub, reply.pins, reply.pinned_bytes)
 
     async def inspect(self, key: bytes) -> BlockInfo:
         """Raises `NotFound`, `CorruptBlock`."""
@@ -105,6 +108,14 @@ class KvStoreAdmin:
     async def evict_namespace(self, namespace: str) -> Evicted:
         """All of a namespace that may go, and its files."""
         return await self._evict(pb.EvictRequest(namespace=namespace, whole=True))
+
+    async def pin(self, key: bytes, for_s: int) -> int:
+        """Keeps a block and those before it in its chain for a time, 0: no longer. How many; 0: it isn't stored, or not pinned.
+
+        Raises `Overloaded`: too much would be kept.
+        """
+        pending = self._stub.Pin(pb.PinRequest(last=key, for_s=for_s), timeout=self._deadline_s)
+        return int((await rpc.call(pending, self.address)).blocks)
 
     async def scrub(self, action: Literal["REPORT", "START", "STOP"]) -> ScrubReport:
         request = pb.ScrubRequest(action=pb.ScrubAction.Value(action))

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rkvstore.proto\x12\x13penstock.kvstore.v1\"2\n\x08\x45ndpoint\x12\x0b\n\x03shm\x18\x01 \x01(\t\x12\x0b\n\x03tcp\x18\x02 \x01(\t\x12\x0c\n\x04grpc\x18\x03 \x01(\t\"Q\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\r\n\x05lease\x18\x04 \x01(\x08\"|\n\x0bLookupReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\x12/\n\x08\x65ndpoint\x18\x04 \x01(\x0b\x32\x1d.penstock.kvstore.v1.Endpoint\x12\r\n\x05\x65poch\x18\x05 \x01(\x0c\"8\n\tBlockMeta\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x85\x01\n\x0eReserveRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12.\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1e.penstock.kvstore.v1.BlockMeta\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x0e\n\x06tenant\x18\x04 \x01(\x0c\x12\x0e\n\x06keep_s\x18\x05 \x01(\r\"\xa1\x01\n\x0cReserveReply\x12\x32\n\nadmissions\x18\x01 \x03(\x0e\x32\x1e.penstock.kvstore.v1.Admission\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\x12/\n\x08\x65ndpoint\x18\x04 \x01(\x0b\x32\x1d.penstock.kvstore.v1.Endpoint\x12\r\n\x05\x65poch\x18\x05 \x01(\x0c\"/\n\x0cRenewRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\x1c\n\nRenewReply\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\r\"\x1f\n\x0eReleaseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x0e\n\x0cReleaseReply\"\x11\n\x0f\x44\x65scribeRequest\"\xee\x02\n\tStoreInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12/\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x1d.penstock.kvstore.v1.Endpoint\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x06 \x01(\x04\x12\r\n\x05reads\x18\x07 \x01(\x04\x12\x0e\n\x06writes\x18\x08 \x01(\x04\x12\x11\n\tevictions\x18\t \x01(\x04\x12\x16\n\x0e\x63orrupt_blocks\x18\n \x01(\x04\x12\x16\n\x0e\x64ropped_writes\x18\x0b \x01(\x04\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x12\n\nread_bytes\x18\r \x01(\x04\x12\x15\n\rwritten_bytes\x18\x0e \x01(\x04\x12\x0e\n\x06leases\x18\x0f \x01(\r\x12,\n\x05\x64isks\x18( \x03(\x0b\x32\x1d.penstock.kvstore.v1.DiskInfo\"t\n\x08\x44iskInfo\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x06 \x01(\x04\"\r\n\x0bStatRequest\"\x92\x02\n\tStatReply\x12,\n\x04info\x18\x01 \x01(\x0b\x32\x1e.penstock.kvstore.v1.StoreInfo\x12\x36\n\nnamespaces\x18\x02 \x03(\x0b\x32\".penstock.kvstore.v1.NamespaceInfo\x12>\n\x08\x63ounters\x18\x03 \x03(\x0b\x32,.penstock.kvstore.v1.StatReply.CountersEntry\x12.\n\x05scrub\x18\x04 \x01(\x0b\x32\x1f.penstock.kvstore.v1.ScrubReply\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x9e\x01\n\rNamespaceInfo\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x15\n\rpayload_bytes\x18\x02 \x01(\r\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x19\n\x11slots_per_segment\x18\x04 \x01(\r\x12\x10\n\x08segments\x18\x05 \x01(\r\x12\x0e\n\x06\x62locks\x18\x06 \x01(\x04\x12\x12\n\nfree_slots\x18\x07 \x01(\x04\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"\xb8\x01\n\tBlockInfo\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\r\x12\x16\n\x0epayload_crc32c\x18\x06 \x01(\r\x12\x0c\n\x04path\x18\x07 \x01(\t\x12\x0c\n\x04slot\x18\x08 \x01(\r\x12\x0e\n\x06offset\x18\t \x01(\x04\x12\x0e\n\x06pinned\x18\n \x01(\x08\"<\n\nPinRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\r\n\x05\x66or_s\x18\x03 \x01(\r\"\x1a\n\x08PinReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"}\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12.\n\x04keys\x18\x02 \x01(\x0b\x32\x1e.penstock.kvstore.v1.BlockKeysH\x00\x12\x11\n\x07\x63oldest\x18\x03 \x01(\rH\x00\x12\x0f\n\x05whole\x18\x04 \x01(\x08H\x00\x42\x06\n\x04what\"\x19\n\tBlockKeys\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"@\n\nEvictReply\x12\x0f\n\x07\x65victed\x18\x01 \x01(\r\x12\x0c\n\x04kept\x18\x02 \x01(\r\x12\x13\n\x0b\x66reed_bytes\x18\x03 \x01(\x04\"@\n\x0cScrubRequest\x12\x30\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32 .penstock.kvstore.v1.ScrubAction\"\xa5\x01\n\nScrubReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0b\x62locks_done\x18\x02 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\x04\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x0f\n\x07\x63orrupt\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x62ytes_per_s_max\x18\x07 \x01(\x04\x12\x0e\n\x06passes\x18\x08 \x01(\r*j\n\tAdmission\x12\x19\n\x15\x41\x44MISSION_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x01\x12\x0b\n\x07PRESENT\x10\x02\x12\r\n\tIN_FLIGHT\x10\x03\x12\x0b\n\x07\x44ROPPED\x10\x04\x12\x0b\n\x07INVALID\x10\x05*.\n\x0bScrubAction\x12\n\n\x06REPORT\x10\x00\x12\t\n\x05START\x10\x01\x12\x08\n\x04STOP\x10\x02\x32\x9e\x03\n\x07KvStore\x12N\n\x06Lookup\x12\".penstock.kvstore.v1.LookupRequest\x1a .penstock.kvstore.v1.LookupReply\x12Q\n\x07Reserve\x12#.penstock.kvstore.v1.ReserveRequest\x1a!.penstock.kvstore.v1.ReserveReply\x12K\n\x05Renew\x12!.penstock.kvstore.v1.RenewRequest\x1a\x1f.penstock.kvstore.v1.RenewReply\x12Q\n\x07Release\x12#.penstock.kvstore.v1.ReleaseRequest\x1a!.penstock.kvstore.v1.ReleaseReply\x12P\n\x08\x44\x65scribe\x12$.penstock.kvstore.v1.DescribeRequest\x1a\x1e.penstock.kvstore.v1.StoreInfo2\x82\x03\n\x05\x41\x64min\x12H\n\x04Stat\x12 .penstock.kvstore.v1.StatRequest\x1a\x1e.penstock.kvstore.v1.StatReply\x12N\n\x07Inspect\x12#.penstock.kvstore.v1.InspectRequest\x1a\x1e.penstock.kvstore.v1.BlockInfo\x12K\n\x05\x45vict\x12!.penstock.kvstore.v1.EvictRequest\x1a\x1f.penstock.kvstore.v1.EvictReply\x12\x45\n\x03Pin\x12\x1f.penstock.kvstore.v1.PinRequest\x1a\x1d.penstock.kvstore.v1.PinReply\x12K\n\x05Scrub\x12!.penstock.kvstore.v1.ScrubRequest\x1a\x1f.penstock.kvstore.v1.ScrubReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rkvstore.proto\x12\x13penstock.kvstore.v1\"2\n\x08\x45ndpoint\x12\x0b\n\x03shm\x18\x01 \x01(\t\x12\x0b\n\x03tcp\x18\x02 \x01(\t\x12\x0c\n\x04grpc\x18\x03 \x01(\t\"Q\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\r\n\x05lease\x18\x04 \x01(\x08\"|\n\x0bLookupReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\x12/\n\x08\x65ndpoint\x18\x04 \x01(\x0b\x32\x1d.penstock.kvstore.v1.Endpoint\x12\r\n\x05\x65poch\x18\x05 \x01(\x0c\"8\n\tBlockMeta\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x85\x01\n\x0eReserveRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12.\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1e.penstock.kvstore.v1.BlockMeta\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x0e\n\x06tenant\x18\x04 \x01(\x0c\x12\x0e\n\x06keep_s\x18\x05 \x01(\r\"\xa1\x01\n\x0cReserveReply\x12\x32\n\nadmissions\x18\x01 \x03(\x0e\x32\x1e.penstock.kvstore.v1.Admission\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\x12/\n\x08\x65ndpoint\x18\x04 \x01(\x0b\x32\x1d.penstock.kvstore.v1.Endpoint\x12\r\n\x05\x65poch\x18\x05 \x01(\x0c\"/\n\x0cRenewRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\x1c\n\nRenewReply\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\r\"\x1f\n\x0eReleaseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x0e\n\x0cReleaseReply\"\x11\n\x0f\x44\x65scribeRequest\"\xee\x02\n\tStoreInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12/\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x1d.penstock.kvstore.v1.Endpoint\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x06 \x01(\x04\x12\r\n\x05reads\x18\x07 \x01(\x04\x12\x0e\n\x06writes\x18\x08 \x01(\x04\x12\x11\n\tevictions\x18\t \x01(\x04\x12\x16\n\x0e\x63orrupt_blocks\x18\n \x01(\x04\x12\x16\n\x0e\x64ropped_writes\x18\x0b \x01(\x04\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x12\n\nread_bytes\x18\r \x01(\x04\x12\x15\n\rwritten_bytes\x18\x0e \x01(\x04\x12\x0e\n\x06leases\x18\x0f \x01(\r\x12,\n\x05\x64isks\x18( \x03(\x0b\x32\x1d.penstock.kvstore.v1.DiskInfo\"t\n\x08\x44iskInfo\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x06 \x01(\x04\"\r\n\x0bStatRequest\"\xb6\x02\n\tStatReply\x12,\n\x04info\x18\x01 \x01(\x0b\x32\x1e.penstock.kvstore.v1.StoreInfo\x12\x36\n\nnamespaces\x18\x02 \x03(\x0b\x32\".penstock.kvstore.v1.NamespaceInfo\x12>\n\x08\x63ounters\x18\x03 \x03(\x0b\x32,.penstock.kvstore.v1.StatReply.CountersEntry\x12.\n\x05scrub\x18\x04 \x01(\x0b\x32\x1f.penstock.kvstore.v1.ScrubReply\x12\x0c\n\x04pins\x18\x05 \x01(\r\x12\x14\n\x0cpinned_bytes\x18\x06 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x9e\x01\n\rNamespaceInfo\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x15\n\rpayload_bytes\x18\x02 \x01(\r\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x19\n\x11slots_per_segment\x18\x04 \x01(\r\x12\x10\n\x08segments\x18\x05 \x01(\r\x12\x0e\n\x06\x62locks\x18\x06 \x01(\x04\x12\x12\n\nfree_slots\x18\x07 \x01(\x04\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"\xb8\x01\n\tBlockInfo\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\r\x12\x16\n\x0epayload_crc32c\x18\x06 \x01(\r\x12\x0c\n\x04path\x18\x07 \x01(\t\x12\x0c\n\x04slot\x18\x08 \x01(\r\x12\x0e\n\x06offset\x18\t \x01(\x04\x12\x0e\n\x06pinned\x18\n \x01(\x08\"J\n\nPinRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\r\n\x05\x66or_s\x18\x03 \x01(\r\x12\x0c\n\x04last\x18\x04 \x01(\x0c\"\x1a\n\x08PinReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"}\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12.\n\x04keys\x18\x02 \x01(\x0b\x32\x1e.penstock.kvstore.v1.BlockKeysH\x00\x12\x11\n\x07\x63oldest\x18\x03 \x01(\rH\x00\x12\x0f\n\x05whole\x18\x04 \x01(\x08H\x00\x42\x06\n\x04what\"\x19\n\tBlockKeys\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"@\n\nEvictReply\x12\x0f\n\x07\x65victed\x18\x01 \x01(\r\x12\x0c\n\x04kept\x18\x02 \x01(\r\x12\x13\n\x0b\x66reed_bytes\x18\x03 \x01(\x04\"@\n\x0cScrubRequest\x12\x30\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32 .penstock.kvstore.v1.ScrubAction\"\xa5\x01\n\nScrubReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0b\x62locks_done\x18\x02 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\x04\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x0f\n\x07\x63orrupt\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x62ytes_per_s_max\x18\x07 \x01(\x04\x12\x0e\n\x06passes\x18\x08 \x01(\r*j\n\tAdmission\x12\x19\n\x15\x41\x44MISSION_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x01\x12\x0b\n\x07PRESENT\x10\x02\x12\r\n\tIN_FLIGHT\x10\x03\x12\x0b\n\x07\x44ROPPED\x10\x04\x12\x0b\n\x07INVALID\x10\x05*.\n\x0bScrubAction\x12\n\n\x06REPORT\x10\x00\x12\t\n\x05START\x10\x01\x12\x08\n\x04STOP\x10\x02\x32\x9e\x03\n\x07KvStore\x12N\n\x06Lookup\x12\".penstock.kvstore.v1.LookupRequest\x1a .penstock.kvstore.v1.LookupReply\x12Q\n\x07Reserve\x12#.penstock.kvstore.v1.ReserveRequest\x1a!.penstock.kvstore.v1.ReserveReply\x12K\n\x05Renew\x12!.penstock.kvstore.v1.RenewRequest\x1a\x1f.penstock.kvstore.v1.RenewReply\x12Q\n\x07Release\x12#.penstock.kvstore.v1.ReleaseRequest\x1a!.penstock.kvstore.v1.ReleaseReply\x12P\n\x08\x44\x65scribe\x12$.penstock.kvstore.v1.DescribeRequest\x1a\x1e.penstock.kvstore.v1.StoreInfo2\x82\x03\n\x05\x41\x64min\x12H\n\x04Stat\x12 .penstock.kvstore.v1.StatRequest\x1a\x1e.penstock.kvstore.v1.StatReply\x12N\n\x07Inspect\x12#.penstock.kvstore.v1.InspectRequest\x1a\x1e.penstock.kvstore.v1.BlockInfo\x12K\n\x05\x45vict\x12!.penstock.kvstore.v1.EvictRequest\x1a\x1f.penstock.kvstore.v1.EvictReply\x12\x45\n\x03Pin\x12\x1f.penstock.kvstore.v1.PinRequest\x1a\x1d.penstock.kvstore.v1.PinReply\x12K\n\x05Scrub\x12!.penstock.kvstore.v1.ScrubRequest\x1a\x1f.penstock.kvstore.v1.ScrubReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATREPLY_COUNTERSENTRY']._loaded_options = None
   _globals['_STATREPLY_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_ADMISSION']._serialized_start=2506
-  _globals['_ADMISSION']._serialized_end=2612
-  _globals['_SCRUBACTION']._serialized_start=2614
-  _globals['_SCRUBACTION']._serialized_end=2660
+  _globals['_ADMISSION']._serialized_start=2556
+  _globals['_ADMISSION']._serialized_end=2662
+  _globals['_SCRUBACTION']._serialized_start=2664
+  _globals['_SCRUBACTION']._serialized_end=2710
   _globals['_ENDPOINT']._serialized_start=38
   _globals['_ENDPOINT']._serialized_end=88
   _globals['_LOOKUPREQUEST']._serialized_start=90
@@ -66,31 +66,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATREQUEST']._serialized_start=1291
   _globals['_STATREQUEST']._serialized_end=1304
   _globals['_STATREPLY']._serialized_start=1307
-  _globals['_STATREPLY']._serialized_end=1581
-  _globals['_STATREPLY_COUNTERSENTRY']._serialized_start=1534
-  _globals['_STATREPLY_COUNTERSENTRY']._serialized_end=1581
-  _globals['_NAMESPACEINFO']._serialized_start=1584
-  _globals['_NAMESPACEINFO']._serialized_end=1742
-  _globals['_INSPECTREQUEST']._serialized_start=1744
-  _globals['_INSPECTREQUEST']._serialized_end=1773
-  _globals['_BLOCKINFO']._serialized_start=1776
-  _globals['_BLOCKINFO']._serialized_end=1960
-  _globals['_PINREQUEST']._serialized_start=1962
-  _globals['_PINREQUEST']._serialized_end=2022
-  _globals['_PINREPLY']._serialized_start=2024
-  _globals['_PINREPLY']._serialized_end=2050
-  _globals['_EVICTREQUEST']._serialized_start=2052
-  _globals['_EVICTREQUEST']._serialized_end=2177
-  _globals['_BLOCKKEYS']._serialized_start=2179
-  _globals['_BLOCKKEYS']._serialized_end=2204
-  _globals['_EVICTREPLY']._serialized_start=2206
-  _globals['_EVICTREPLY']._serialized_end=2270
-  _globals['_SCRUBREQUEST']._serialized_start=2272
-  _globals['_SCRUBREQUEST']._serialized_end=2336
-  _globals['_SCRUBREPLY']._serialized_start=2339
-  _globals['_SCRUBREPLY']._serialized_end=2504
-  _globals['_KVSTORE']._serialized_start=2663
-  _globals['_KVSTORE']._serialized_end=3077
-  _globals['_ADMIN']._serialized_start=3080
-  _globals['_ADMIN']._serialized_end=3466
+  _globals['_STATREPLY']._serialized_end=1617
+  _globals['_STATREPLY_COUNTERSENTRY']._serialized_start=1570
+  _globals['_STATREPLY_COUNTERSENTRY']._serialized_end=1617
+  _globals['_NAMESPACEINFO']._serialized_start=1620
+  _globals['_NAMESPACEINFO']._serialized_end=1778
+  _globals['_INSPECTREQUEST']._serialized_start=1780
+  _globals['_INSPECTREQUEST']._serialized_end=1809
+  _globals['_BLOCKINFO']._serialized_start=1812
+  _globals['_BLOCKINFO']._serialized_end=1996
+  _globals['_PINREQUEST']._serialized_start=1998
+  _globals['_PINREQUEST']._serialized_end=2072
+  _globals['_PINREPLY']._serialized_start=2074
+  _globals['_PINREPLY']._serialized_end=2100
+  _globals['_EVICTREQUEST']._serialized_start=2102
+  _globals['_EVICTREQUEST']._serialized_end=2227
+  _globals['_BLOCKKEYS']._serialized_start=2229
+  _globals['_BLOCKKEYS']._serialized_end=2254
+  _globals['_EVICTREPLY']._serialized_start=2256
+  _globals['_EVICTREPLY']._serialized_end=2320
+  _globals['_SCRUBREQUEST']._serialized_start=2322
+  _globals['_SCRUBREQUEST']._serialized_end=2386
+  _globals['_SCRUBREPLY']._serialized_start=2389
+  _globals['_SCRUBREPLY']._serialized_end=2554
+  _globals['_KVSTORE']._serialized_start=2713
+  _globals['_KVSTORE']._serialized_end=3127
+  _globals['_ADMIN']._serialized_start=3130
+  _globals['_ADMIN']._serialized_end=3516
 # @@protoc_insertion_point(module_scope)

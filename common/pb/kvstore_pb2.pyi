@@ -190,7 +190,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatReply(_message.Message):
-    __slots__ = ("info", "namespaces", "counters", "scrub")
+    __slots__ = ("info", "namespaces", "counters", "scrub", "pins", "pinned_bytes")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -202,11 +202,15 @@ class StatReply(_message.Message):
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     SCRUB_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     info: StoreInfo
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceInfo]
     counters: _containers.ScalarMap[str, int]
     scrub: ScrubReply
-    def __init__(self, info: _Optional[_Union[StoreInfo, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceInfo, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., scrub: _Optional[_Union[ScrubReply, _Mapping]] = ...) -> None: ...
+    pins: int
+    pinned_bytes: int
+    def __init__(self, info: _Optional[_Union[StoreInfo, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceInfo, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., scrub: _Optional[_Union[ScrubReply, _Mapping]] = ..., pins: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
 
 class NamespaceInfo(_message.Message):
     __slots__ = ("namespace", "payload_bytes", "slot_bytes", "slots_per_segment", "segments", "blocks", "free_slots")
@@ -257,14 +261,16 @@ class BlockInfo(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., sequence: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload_crc32c: _Optional[int] = ..., path: _Optional[str] = ..., slot: _Optional[int] = ..., offset: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("namespace", "keys", "for_s")
+    __slots__ = ("namespace", "keys", "for_s", "last")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     FOR_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     for_s: int
-    def __init__(self, namespace: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., for_s: _Optional[int] = ...) -> None: ...
+    last: bytes
+    def __init__(self, namespace: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., for_s: _Optional[int] = ..., last: _Optional[bytes] = ...) -> None: ...
 
 class PinReply(_message.Message):
     __slots__ = ("blocks",)

@@ -334,7 +334,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pin(self, request, context):
-        """Keeps the stored prefix of a chain from eviction for a time. Not over a restart.
+        """Keeps a chain, as far as it is stored, from eviction for a time. Not over a restart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

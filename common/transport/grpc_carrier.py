@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from common.errors import TransferFailed
+from common.errors import InvalidRequest, TransferFailed
 from common.pb import bytes_pb2
+from common.transport.frames import ProtocolError
 from common.transport.interface import Area
 from common.transport.reception import Limits, Reception
 from common.transport.session import Session
@@ -104,7 +105,10 @@ class GrpcStream:
         return kept
 
     async def _next(self) -> memoryview:
-        message = await self._unless_over(self._read())
+        try:
+            message = await self._unless_over(self._read())
+        except InvalidRequest as error:  # not even a chunk
+            raise ProtocolError(error.message) from error
         if not isinstance(message, memoryview):  # grpc.aio.EOF
             self.ended = True
             raise TransferFailed("the peer closed the connection")

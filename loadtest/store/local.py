@@ -24,6 +24,8 @@ from loadtest.store.blocks import NAMESPACE, Blocks, keys
 from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, Sample, requests_in_flight
 from loadtest.store.slices import Slice
 from services.kvstore.area import StoreArea
+from services.kvstore.checkpoint import footprint_bytes
+from services.kvstore.disk import OWN_FILES_BYTES
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import Geometry
 from services.kvstore.store import Store
@@ -40,7 +42,7 @@ class LocalStore:
         per_segment = SEGMENT_BYTES // slot_bytes
         segments = max(8, total_bytes // (per_segment * slot_bytes))
         options = StoreOptions(
-            budget_bytes=segments * Geometry(block_bytes, per_segment).segment_bytes,
+            budget_bytes=segments * footprint_bytes(Geometry(block_bytes, per_segment)) + OWN_FILES_BYTES,
             segment_bytes=SEGMENT_BYTES,
             read_depth=depth,
             write_depth=depth,

@@ -4,6 +4,8 @@ stat      blocks, bytes, namespaces, hit ratio, disks
 check     verify every block of a store that is stopped; nothing is written
 scrub     start, stop or watch the verification that a running store does by itself
 evict     make blocks misses for good: by key, by namespace, or a share of the coldest
+pin       keep a block, and those before it in its chain, from eviction for a time
+unpin     end that
 dump-block  one block's header and bytes
 
 A running store is asked over gRPC: that of the cluster whose data folder is `--data`, or the one `--at`
@@ -18,11 +20,14 @@ from pathlib import Path
 
 from services.cli import state
 
+PIN_S = 3600
 COMMANDS: dict[str, str] = {
     "stat": "what is stored, where, and how it is used",
     "check": "verify every block of a stopped store",
     "scrub": "the background verification of a running store",
     "evict": "make blocks misses, for good",
+    "pin": "keep chains of a running store from eviction for a time",
+    "unpin": "let pinned chains go their usual way again",
     "dump-block": "one block's header and bytes",
 }
 
@@ -107,6 +112,20 @@ def _evict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fraction", type=_fraction, metavar="F", help="this share of the blocks, the coldest (0 to 1)")
 
 
+def _pin(parser: argparse.ArgumentParser) -> None:
+    _unpin(parser)
+    parser.add_argument(
+        "--for-s", type=_seconds, default=PIN_S, metavar="N", help="seconds from now on, at most 2^32 - 1 (default: %(default)s)"
+    )
+
+
+def _unpin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "key", nargs="+", type=_hex, metavar="KEY", help="64 hex digits: this block, and those before it in its chain"
+    )
+    _online(parser)
+
+
 def _dump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("key", type=_hex, metavar="KEY", help="64 hex digits")
     _online(parser)
@@ -119,6 +138,8 @@ _FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "check": _check,
     "scrub": _scrub,
     "evict": _evict,
+    "pin": _pin,
+    "unpin": _unpin,
     "dump-block": _dump,
 }
 
@@ -156,6 +177,12 @@ def _hex(text: str) -> str:
     if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 64 lower-case hex digits")
     return text
+
+
+def _seconds(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole seconds, 1 to {(1 << 32) - 1}")
+    return int(text)
 
 
 def _fraction(text: str) -> float:

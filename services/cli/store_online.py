@@ -1,4 +1,4 @@
-"""`penstock store` on kvstores that run: stat, scrub, evict, dump-block, over gRPC."""
+"""`penstock store` on kvstores that run: stat, scrub, evict, pin, unpin, dump-block, over gRPC."""
 
 import argparse
 import asyncio
@@ -27,6 +27,8 @@ async def run(given: argparse.Namespace, addresses: Sequence[str]) -> int:
     """Asks every store in turn; the worst exit status."""
     if given.command == "dump-block":
         return await _dump(given, addresses)
+    if given.command in ("pin", "unpin"):
+        return await _pin(given, addresses)
     worst = 0
     for address in addresses:
         store = KvStoreAdmin(address)
@@ -93,9 +95,28 @@ async def _evict(given: argparse.Namespace, store: KvStoreAdmin) -> int:
             if not step.evicted or not step.kept:
                 break
     print(
-        f"{store.address}: {evicted:,} blocks evicted, {kept:,} kept (leased, or on a disk that takes no writes), {freed_bytes:,} bytes freed"
+        f"{store.address}: {evicted:,} blocks evicted, {kept:,} kept (leased, pinned, or on a disk that takes no writes), {freed_bytes:,} bytes freed"
     )
     return 0
+
+
+async def _pin(given: argparse.Namespace, addresses: Sequence[str]) -> int:
+    """0 when every chain was found at one store at least."""
+    for_s = given.for_s if given.command == "pin" else 0
+    found = dict.fromkeys(given.key, 0)
+    for address in addresses:
+        store = KvStoreAdmin(address)
+        try:
+            for key in found:
+                blocks = await store.pin(bytes.fromhex(key), for_s)
+                found[key] += blocks
+                if blocks:
+                    print(f"{address}: {key}: {blocks:,} blocks {f'kept for {for_s:,} s' if for_s else 'no longer kept'}")
+        finally:
+            await store.close()
+    for key in [key for key, blocks in found.items() if not blocks]:
+        print(f"penstock store: {key} is not {'stored' if for_s else 'pinned'} at {', '.join(addresses)}", file=sys.stderr)
+    return 0 if all(found.values()) else 1
 
 
 async def _dump(given: argparse.Namespace, addresses: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ def stat_lines(address: str, stat: StoreStat) -> list[str]:
         f" write amplification {_ratio(counters['disk_written_bytes'], counters['written_bytes'])}",
         f"  evicted {info.evictions:,}, dropped {info.dropped_writes:,} writes, corrupt {info.corrupt_blocks:,}",
         f"  scrub: {scrub_line(stat.scrub)}",
+        f"  pins: {stat.pins:,}, which keep {size(stat.pinned_bytes)}",
         "",
     ]
     lines += table(

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc.aio
 
+from common import rpc
 from common.errors import InvalidRequest, PenstockError
 from common.generation import FinishReason
 from common.logs import Log
@@ -38,6 +39,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         try:
             async for batch in session.batches(reading):
                 yield batch
+            async with rpc.aborting(context, "Serve"):
+                await reading
         finally:
             reading.cancel()
             session.close()

@@ -1,5 +1,6 @@
 """The operators' gRPC face: protobuf to the domain and back, every bound checked here."""
 
+import asyncio
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 from common import rpc
 from common.blocks import KEY_BYTES
 from common.disk.pages import aligned
-from common.errors import CorruptBlock, InvalidRequest, NotFound
+from common.errors import CorruptBlock, DeadlineExceeded, InvalidRequest, NotFound
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
 from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot
@@ -40,6 +41,8 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
             namespaces=[_namespace_info(shelf) for shelf in shelves],
             counters=self._store.metrics.counters(),
             scrub=self._scrub_reply(),
+            pins=len(self._store.pins),
+            pinned_bytes=self._store.pins.kept_bytes,
         )
 
     async def Inspect(self, request: pb.InspectRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.BlockInfo:
@@ -60,12 +63,7 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
 
     async def Pin(self, request: pb.PinRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PinReply:
         async with rpc.aborting(context, "Pin"):
-            namespace = namespace_from_pb(request.namespace)
-            if not 1 <= len(request.keys) <= KEYS_MAX:
-                raise InvalidRequest(f"{len(request.keys)} keys: expected 1 to {KEYS_MAX}", param="keys")
-            for key in request.keys:
-                _check_key(key)
-            return pb.PinReply(blocks=self._store.pin(namespace, request.keys, request.for_s))
+            return pb.PinReply(blocks=self._pin(request))
         raise AssertionError("unreachable")
 
     async def Scrub(self, request: pb.ScrubRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ScrubReply:
@@ -78,6 +76,19 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
                 self._scrub.stop()
             return self._scrub_reply()
         raise AssertionError("unreachable")
+
+    def _pin(self, request: pb.PinRequest) -> int:
+        if request.last:
+            if request.keys or request.namespace:
+                raise InvalidRequest("give last, or keys with a namespace, not both", param="last")
+            _check_key(request.last)
+            return self._store.pins.keep_block(request.last, request.for_s)
+        namespace = namespace_from_pb(request.namespace)
+        if not 1 <= len(request.keys) <= KEYS_MAX:
+            raise InvalidRequest(f"{len(request.keys)} keys: expected 1 to {KEYS_MAX}", param="keys")
+        for key in request.keys:
+            _check_key(key)
+        return self._store.pins.keep(namespace, request.keys, request.for_s)
 
     async def _evict(self, request: pb.EvictRequest) -> Removed:
         namespace = namespace_from_pb(request.namespace) if request.namespace else None
@@ -102,8 +113,10 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
         pinned = shelf.index.pinned(slot)
         shelf.index.pin(slot)
         try:
-            batch = self._store.files_pool.submit([partial(_read_header, segment, within)], INSPECT_DEADLINE_S)
-            (header,) = await batch.done
+            async with asyncio.timeout(INSPECT_DEADLINE_S):
+                header = await self._store.file_calls.run(segment.disk, partial(_read_header, segment, within))
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"slot {within} of {segment.path} could not be read in {INSPECT_DEADLINE_S:g} s") from error
         finally:
             shelf.index.unpin(slot)
         if not isinstance(header, SlotHeader):

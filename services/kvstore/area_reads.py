@@ -148,7 +148,7 @@ class Reads:
         self._metrics.failed_reads += len(targets)
         log.warning("read_deadline", parts=len(targets), deadline_s=self._deadline_s)
         for target in targets:
-            self._store.io_failed(target.shelf.place(target.slot)[0], TimeoutError(f"no answer for {self._deadline_s:g} s"))
+            self._store.watch.failed_on(target.shelf.place(target.slot)[0], TimeoutError(f"no answer for {self._deadline_s:g} s"))
             results[target.index] = (PartStatus.EXPIRED, None, 0)
 
     async def _take_buffers(self, targets: list[Target]) -> bool:
@@ -236,14 +236,14 @@ class Reads:
 
     def _failed_read(self, target: Target, error: BaseException) -> PartStatus:
         if isinstance(error, CorruptPayload):
-            self._store.condemn(target.shelf, target.slot, target.sequence, str(error))
+            self._store.erasures.condemn(target.shelf, target.slot, target.sequence, str(error))
             return PartStatus.CORRUPT
         self._metrics.failed_reads += 1
         if isinstance(error, NotStarted):
             return PartStatus.EXPIRED
         if isinstance(error, OSError) and error.errno not in _NOT_THE_DISK:
-            self._store.io_failed(target.shelf.place(target.slot)[0], error)
-            self._store.condemn(target.shelf, target.slot, target.sequence, str(error))
+            self._store.watch.failed_on(target.shelf.place(target.slot)[0], error)
+            self._store.erasures.condemn(target.shelf, target.slot, target.sequence, str(error))
         else:
             log.error("read_failed", reason=repr(error))
         return PartStatus.FAILED

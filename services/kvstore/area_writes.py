@@ -115,7 +115,7 @@ class Writes:
             self._metrics.dropped_writes += 1
             return PartStatus.FULL
         self._metrics.failed_writes += 1
-        self._store.io_failed(lease.shelf.place(item.slot)[0], outcome.error)
+        self._store.watch.failed_on(lease.shelf.place(item.slot)[0], outcome.error)
         return PartStatus.FAILED
 
     def _drop_image(self, item: WriteItem) -> None:

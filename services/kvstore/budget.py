@@ -21,7 +21,7 @@ class Room(msgspec.Struct, frozen=True):
     device: int  # directories with one device share one file system
     size_bytes: int
     free_bytes: int
-    held_bytes: int  # segment files in the directory
+    held_bytes: int  # segments and checkpoints in the directory
 
 
 def budget_that_fits(budget_bytes: int, free_bytes: int, held_bytes: int) -> int:

@@ -4,8 +4,11 @@
 2. A start that finds it whole takes its word. Anything else about it, and the segment is scanned.
 3. `discard` removes it, durably, before anything is written to the segment.
 
-Invariant: a checkpoint that exists under its name tells of every block in its segment, because nothing
-was written there since. So a stale one can't exist, and a torn, damaged or missing one costs a scan.
+Invariants:
+- A checkpoint that exists under its name tells of every block in its segment, because nothing
+  was written there since. So a stale one can't exist, and a torn, damaged or missing one costs a scan.
+- A segment has one such file at most, the one under its name or the one being written: it is discarded long before
+  the next is begun. Its bytes are reserved with the segment's (`footprint_bytes`), so that it always has room.
 """
 
 import os
@@ -19,6 +22,7 @@ from common.logs import Log
 from common.transport.memory import crc32c
 from services.kvstore.entries import ENTRY, Entries
 from services.kvstore.files import Files
+from services.kvstore.record import PAGE_BYTES, Geometry, pages
 from services.kvstore.segment import Segment
 
 log = Log("checkpoint")
@@ -35,6 +39,18 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     entries: Entries
     time_s: int
+
+
+def footprint_bytes(geometry: Geometry) -> int:
+    """What a segment takes of the budget: its file, and the largest checkpoint of it, in whole pages."""
+    return geometry.segment_bytes + pages(_HEADER_BYTES + geometry.slots_per_segment * ENTRY.itemsize)
+
+
+def slots_that_fit(payload_bytes: int, footprint_max: int) -> int:
+    """How many slots the largest segment has that takes so much of the budget; not positive when it is too little for one."""
+    slot_bytes = Geometry(payload_bytes, 1).slot_bytes
+    slots = (footprint_max - PAGE_BYTES - _HEADER_BYTES) // (slot_bytes + ENTRY.itemsize)  # but for the last page
+    return slots if footprint_bytes(Geometry(payload_bytes, slots)) <= footprint_max else slots - 1
 
 
 def path_of(segment: Segment) -> Path:

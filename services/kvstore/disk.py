@@ -25,6 +25,7 @@ from services.kvstore.record import PAGE_BYTES, STORE_ID_BYTES, StoreIdentity, U
 log = Log("disk")
 STORE_NAME = "STORE"
 NAMESPACES_FOLDER = "namespaces"
+OWN_FILES_BYTES = 4 * PAGE_BYTES  # STORE, the one that is to replace it, LOCK, the probe's file
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -52,8 +53,8 @@ class Disk:
         self.identity: StoreIdentity | None = None
         self.direct = False
         self.budget_bytes = 0
-        self.unusable_bytes = 0  # of segment files that must be left alone
-        self.segment_bytes = 0  # of segments in use
+        self.unusable_bytes = 0  # of files that must be left alone
+        self.segment_bytes = 0  # of segments in use, their checkpoints included
         self.changing_bytes = 0  # of segments being created or removed
         self.full_until_s = 0.0
         self.errors = 0
@@ -68,7 +69,9 @@ class Disk:
 
     @property
     def used_bytes(self) -> int:
-        return self.unusable_bytes + self.changing_bytes + self.segment_bytes
+        """What all files there take or may take, in whole pages."""
+        own_bytes = OWN_FILES_BYTES if self.identity is not None else 0
+        return own_bytes + self.unusable_bytes + self.changing_bytes + self.segment_bytes
 
     def has_room(self, length: int) -> bool:
         return self.state is DiskState.SERVING and self.used_bytes + length <= self.budget_bytes

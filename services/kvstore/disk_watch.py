@@ -13,6 +13,7 @@ from functools import partial
 from common.disk.io_pool import IoPool
 from services.kvstore.disk import Disk, DiskState
 from services.kvstore.files import Files
+from services.kvstore.segment import Segment
 from services.kvstore.space import Space
 
 PROBE_DEADLINE_S = 10.0
@@ -42,6 +43,10 @@ class DiskWatch:
         if disk.position not in self._probing:
             task = self._probing[disk.position] = asyncio.create_task(self._probe(disk))
             task.add_done_callback(lambda _: self._probing.pop(disk.position))
+
+    def failed_on(self, segment: Segment, error: BaseException) -> None:
+        """A read or write of a segment failed, or took too long: is it the disk?"""
+        self.failed(self._space.disks[segment.disk], error)
 
     async def settle(self) -> None:
         """Waits for the probes under way."""

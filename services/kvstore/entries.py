@@ -7,13 +7,13 @@ believed, or has a `Verdict` that says why it isn't.
 from enum import IntEnum
 
 import google_crc32c
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from services.kvstore.record import PAGE_BYTES, SLOT_MAGIC, VERSION, Geometry
 
 Entries = npt.NDArray[np.void]  # rows of ENTRY
-Pages = npt.NDArray[np.uint8]  # [slot, PAGE_BYTES]
 TENANT_BYTES = 16
 PROVEN = 1  # flag of an entry: a lookup found the block, or one that it hangs on (eviction.py)
 
@@ -67,15 +67,32 @@ class Believed:
         self.written_s = written_s
 
 
-def believe(pages: Pages, namespace: bytes, geometry: Geometry, segment: int, first_slot: int) -> Believed:
+class HeaderPages(msgspec.Struct, frozen=True):
+    """Header pages where they were read: one begins every `stride` bytes. `readable` says which of them could be read."""
+
+    memory: memoryview
+    stride: int
+    readable: npt.NDArray[np.bool_]
+
+    @property
+    def rows(self) -> npt.NDArray[np.void]:
+        return np.ndarray(len(self.memory) // self.stride, _PAGE, self.memory, strides=(self.stride,))
+
+    def checksums(self, which: npt.NDArray[np.intp]) -> npt.NDArray[np.uint32]:
+        """Of these pages, without the checksum that each ends in."""
+        pages = np.frombuffer(self.memory, np.uint8).reshape(-1, self.stride)[:, : PAGE_BYTES - 4]
+        return np.fromiter((google_crc32c.value(pages[i]) for i in which.tolist()), np.uint32, len(which))
+
+
+def believe(pages: HeaderPages, namespace: bytes, geometry: Geometry, segment: int, first_slot: int) -> Believed:
     """Decodes the header pages of consecutive slots of a segment."""
-    rows = pages.reshape(-1).view(_PAGE)
+    rows = pages.rows
     verdicts = np.full(len(rows), Verdict.BLOCK, np.uint8)
     verdicts[rows["magic"] != np.void(SLOT_MAGIC)] = Verdict.DAMAGED
     verdicts[rows["magic"] == np.void(bytes(8))] = Verdict.EMPTY
-    for i in np.flatnonzero(verdicts == Verdict.BLOCK).tolist():
-        if google_crc32c.value(pages[i, : PAGE_BYTES - 4]) != rows["crc32c"][i]:
-            verdicts[i] = Verdict.DAMAGED
+    verdicts[~pages.readable] = Verdict.UNREADABLE
+    checked = np.flatnonzero(verdicts == Verdict.BLOCK)
+    verdicts[checked[pages.checksums(checked) != rows["crc32c"][checked]]] = Verdict.DAMAGED
     sound = verdicts == Verdict.BLOCK
     verdicts[sound & ((rows["version"] != VERSION) | (rows["flags"] != 0))] = Verdict.NEWER
     slots = np.arange(first_slot, first_slot + len(rows))

@@ -45,8 +45,8 @@ class Files(Machine):
         os.unlink(path)
 
     def room(self, folder: Path) -> Room:
-        """What the file system under a folder has, and what our segment files there take."""
-        held_bytes = sum(path.stat().st_size for path in folder.rglob("*.seg"))
+        """What the file system under a folder has, and what our segments and their checkpoints there take."""
+        held_bytes = sum(path.stat().st_size for ending in ("seg", "ckp") for path in folder.rglob(f"*.{ending}"))
         usage = shutil.disk_usage(folder)
         return Room(folder.stat().st_dev, usage.total, usage.free, held_bytes)
 

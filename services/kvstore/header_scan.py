@@ -1,22 +1,23 @@
 """Reads header pages of a segment and believes what can be believed. Blocking, any thread.
 
 Small slots are read whole, many at once: the disk gives a header page by itself hardly sooner than the
-whole slot, and far fewer of them a second. Of larger slots only the header pages are read.
+whole slot, and far fewer of them a second. Of larger slots only the header pages are read. Pages are decoded
+where they were read, in memory on huge pages that belongs to the thread: nothing is copied.
 """
 
 import msgspec
 import numpy as np
 
 from common.logs import Log
-from services.kvstore.column import Slots
-from services.kvstore.entries import Entries, Pages, Verdict, believe
-from services.kvstore.record import PAGE_BYTES
+from services.kvstore.column import Flags, Slots
+from services.kvstore.entries import Entries, HeaderPages, Verdict, believe
+from services.kvstore.record import PAGE_BYTES, Geometry
 from services.kvstore.segment import Segment, scratch
 
 log = Log("scan")
 WHOLE_SLOT_BYTES_MAX = 32 << 10
-READ_BYTES = 4 << 20
-RUN_SLOTS = 512  # one thread's job: enough jobs for all threads, few enough to be cheap
+READ_BYTES = 4 << 20  # at most, of one thread's job, where slots are read whole
+RUN_PAGES = 512  # at most, of one thread's job, where header pages are read: enough jobs for all threads
 _LOGGED = (Verdict.DAMAGED, Verdict.FOREIGN, Verdict.NEWER, Verdict.UNREADABLE)
 
 
@@ -31,51 +32,51 @@ class RunScan(msgspec.Struct):
     written_s: int
 
 
-def runs(slots: int) -> list[range]:
+def runs(geometry: Geometry) -> list[range]:
     """The slots of a segment in jobs."""
-    return [range(start, min(start + RUN_SLOTS, slots)) for start in range(0, slots, RUN_SLOTS)]
+    slots = geometry.slots_per_segment
+    at_once = READ_BYTES // geometry.slot_bytes if read_whole(geometry) else RUN_PAGES
+    return [range(start, min(start + at_once, slots)) for start in range(0, slots, at_once)]
 
 
 def scan_run(segment: Segment, slots: range) -> RunScan:
-    pages = np.zeros((len(slots), PAGE_BYTES), np.uint8)
-    readable = _read(segment, slots, pages)
-    found = believe(pages, segment.namespace, segment.geometry, segment.number, slots.start)
-    verdicts = np.where(readable, found.verdicts, Verdict.UNREADABLE)
-    counts = np.bincount(verdicts, minlength=len(Verdict))
+    geometry = segment.geometry
+    stride = geometry.slot_bytes if read_whole(geometry) else PAGE_BYTES
+    piece = scratch(len(slots) * stride)
+    pages = HeaderPages(piece, stride, _read(segment, slots, piece, stride))
+    found = believe(pages, segment.namespace, geometry, segment.number, slots.start)
+    counts = np.bincount(found.verdicts, minlength=len(Verdict))
     seen = {verdict: int(counts[verdict]) for verdict in Verdict}
     if any(seen[verdict] for verdict in _LOGGED):
         bad = {verdict.name.lower(): seen[verdict] for verdict in _LOGGED}
         log.warning("slots_dropped", path=str(segment.path), slots=f"[{slots.start}, {slots.stop})", **bad)
-    unused = np.isin(verdicts, (Verdict.EMPTY, Verdict.DAMAGED, Verdict.FOREIGN))
+    unused = np.isin(found.verdicts, (Verdict.EMPTY, Verdict.DAMAGED, Verdict.FOREIGN))
     free: Slots = (np.flatnonzero(unused) + slots.start).astype(np.int32)
     return RunScan(segment, slots, found.entries, free, seen, found.written_s)
 
 
-def _read(segment: Segment, slots: range, pages: Pages) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    """Fills `pages`; which of them could be read."""
+def read_whole(geometry: Geometry) -> bool:
+    """Whether slots are read whole. Then a few threads take all that the disk gives."""
+    return geometry.slot_bytes <= WHOLE_SLOT_BYTES_MAX
+
+
+def _read(segment: Segment, slots: range, piece: memoryview, stride: int) -> Flags:
+    """Fills the first page of every `stride` bytes; which of them could be read."""
     readable = np.ones(len(slots), np.bool_)
-    slot_bytes = segment.geometry.slot_bytes
-    at_once = max(1, READ_BYTES // slot_bytes) if slot_bytes <= WHOLE_SLOT_BYTES_MAX else 1
-    for start in range(0, len(slots), at_once):
-        stop = min(start + at_once, len(slots))
-        if at_once > 1 and _read_whole(segment, slots[start:stop], pages[start:stop]):
-            continue
-        for i in range(start, stop):
-            page = scratch(PAGE_BYTES)
-            try:
-                segment.read_header(slots[i], page)
-                pages[i] = np.frombuffer(page, np.uint8)
-            except OSError:
-                readable[i] = False
+    if stride > PAGE_BYTES and _read_whole(segment, slots, piece):
+        return readable
+    for i, slot in enumerate(slots):
+        try:
+            segment.read_header(slot, piece[i * stride : i * stride + PAGE_BYTES])
+        except OSError:
+            readable[i] = False
     return readable
 
 
-def _read_whole(segment: Segment, slots: range, pages: Pages) -> bool:
-    """Reads slots that follow each other in one piece; False when that fails, perhaps for one of them only."""
-    piece = scratch(len(slots) * segment.geometry.slot_bytes)
+def _read_whole(segment: Segment, slots: range, piece: memoryview) -> bool:
+    """Reads slots that follow each other; False when that fails, perhaps for one of them only."""
     try:
         segment.read_slots(slots, piece)
     except OSError:
         return False
-    pages[:] = np.frombuffer(piece, np.uint8).reshape(len(slots), -1)[:, :PAGE_BYTES]
     return True

@@ -1,7 +1,8 @@
 """Prefixes that operators want kept: not evicted, for space or for a quota, until a time.
 
-1. `pin` keeps the stored part of a chain, for so many seconds from now; pinning it again sets a new time.
-2. `unpin`, or the end of its time, lets it go its usual way.
+1. `keep` keeps the stored part of a chain, `keep_block` a block and those that it hangs on, for so many seconds from now;
+   the same again sets a new time.
+2. 0 seconds, or the end of its time, let it go its usual way.
 
 Pins are in memory: a store that starts again has none. They don't make a block's own time longer, and a block
 that turns out bad goes all the same. Invariant: at most `PINS_MAX` pins, and what they keep is at most half of the
@@ -11,11 +12,13 @@ blocks that the budget has room for.
 from collections.abc import Callable, Sequence
 
 import msgspec
+import numpy as np
 
 from common.blocks import Namespace
 from common.errors import Overloaded
 from services.kvstore.column import Slots
 from services.kvstore.shelf import Shelf
+from services.kvstore.space import Space
 
 PINS_MAX = 1024
 SHARE_MAX = 0.5  # of the budget
@@ -33,9 +36,9 @@ class Pin(msgspec.Struct, frozen=True):
 class Pins:
     """By namespace and last key. Belongs to the event loop; `clock` is monotonic."""
 
-    def __init__(self, clock: Callable[[], float], budget_bytes: Callable[[], int]) -> None:
+    def __init__(self, clock: Callable[[], float], space: Space) -> None:
         self._clock = clock
-        self._budget_bytes = budget_bytes
+        self._space = space
         self._pins: dict[tuple[Namespace, bytes], Pin] = {}
 
     def __len__(self) -> int:
@@ -47,14 +50,39 @@ class Pins:
         shelves = {id(pin.shelf): pin.shelf for pin in self._pins.values()}
         return sum(self._kept(shelf) * shelf.geometry.slot_bytes for shelf in shelves.values())
 
-    def pin(self, shelf: Shelf, keys: Sequence[bytes], slots: Slots, for_s: float) -> None:
-        """Keeps blocks `slots`, the stored prefix of `keys`, which isn't empty. Raises `Overloaded`."""
-        name = (shelf.namespace, keys[len(slots) - 1])
+    def keep(self, namespace: Namespace, keys: Sequence[bytes], for_s: float) -> int:
+        """Keeps the stored prefix of a chain for a time, 0: no longer; its blocks. Raises `Overloaded`."""
+        shelf = self._space.shelves.get(namespace)
+        return self._keep(shelf, shelf.index.prefix(keys), for_s) if shelf is not None else 0
+
+    def keep_block(self, key: bytes, for_s: float) -> int:
+        """`keep`, of a block wherever it is stored, and of the stored ones that it hangs on."""
+        for shelf in self._space.shelves.values():
+            slot = shelf.index.find(key)
+            if slot is not None:
+                lineage: list[int] = []
+                while slot is not None:
+                    lineage.append(slot)
+                    slot = shelf.index.parent(slot)
+                return self._keep(shelf, np.array(lineage[::-1], np.int32), for_s)
+        return 0
+
+    def _keep(self, shelf: Shelf, slots: Slots, for_s: float) -> int:
+        """Blocks that follow each other in a chain."""
+        if len(slots):
+            key = shelf.index.key(int(slots[-1]))
+            assert key is not None
+            if not for_s:
+                return self._unpin((shelf.namespace, key))
+            self._pin((shelf.namespace, key), shelf, slots, for_s)
+        return len(slots)
+
+    def _pin(self, name: tuple[Namespace, bytes], shelf: Shelf, slots: Slots, for_s: float) -> None:
         before = self._pins.pop(name, None)
         last = int(slots[-1])
         self._pins[name] = Pin(shelf, slots, shelf.index.sequence(last), self._clock() + for_s)
         shelf.index.pin(last)
-        if len(self._pins) > PINS_MAX or self.kept_bytes > SHARE_MAX * self._budget_bytes():
+        if len(self._pins) > PINS_MAX or self.kept_bytes > SHARE_MAX * self._space.budget_bytes:
             self._let_go(self._pins.pop(name))
             if before is not None:
                 self._pins[name] = before
@@ -65,9 +93,9 @@ class Pins:
         if before is not None:
             self._let_go(before)
 
-    def unpin(self, namespace: Namespace, key: bytes) -> int:
-        """Ends the pin whose last block this is. How many blocks it kept."""
-        pin = self._pins.pop((namespace, key), None)
+    def _unpin(self, name: tuple[Namespace, bytes]) -> int:
+        """How many blocks the pin kept; 0 when there is none."""
+        pin = self._pins.pop(name, None)
         if pin is None:
             return 0
         self._let_go(pin)

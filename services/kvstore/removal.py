@@ -80,6 +80,6 @@ async def _erased(store: Store, gone: Sequence[tuple[Shelf, int]], kept: int) ->
     for shelf, slot in gone:
         segment = shelf.place(slot)[0]
         by_segment.setdefault(id(segment), (shelf, segment, []))[2].append(slot)
-    await asyncio.gather(*(store.erase(shelf, segment, slots) for shelf, segment, slots in by_segment.values()))
+    await asyncio.gather(*(store.erasures.erase(shelf, segment, slots) for shelf, segment, slots in by_segment.values()))
     store.metrics.removed_blocks += len(gone)
     return Removed(len(gone), kept)

@@ -14,7 +14,7 @@ Nothing here is fatal. Blocking; runs before the service serves.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,14 @@ from services.kvstore.disk import Disk, DiskState
 from services.kvstore.entries import Verdict
 from services.kvstore.files import Files
 from services.kvstore.found import Counts, Found, FoundNamespace, FoundSegment, drop_duplicates, drop_torn, last_sequences
-from services.kvstore.header_scan import runs, scan_run
-from services.kvstore.record import Unreadable
+from services.kvstore.header_scan import RunScan, read_whole, runs, scan_run
+from services.kvstore.record import Unreadable, pages
 from services.kvstore.segment import SUFFIX, TEMPORARY_SUFFIX, Segment, open_segment
 
 log = Log("scan")
 WINDOW = 1024  # part of the format: a writer never has more sequence numbers open
 _PROGRESS_S = 1.0
+_FEW_THREADS = 4  # reading slots whole: more only take the interpreter from each other (docs/benchmarks.md)
 
 
 def scan(files: Files, disks: Sequence[Disk], *, threads: int) -> Found:
@@ -43,9 +44,9 @@ def scan(files: Files, disks: Sequence[Disk], *, threads: int) -> Found:
         if disk.state is not DiskState.LOST:
             _open_disk(files, disk, by_name, out.counts)
     out.namespaces = [one for _, one in sorted(by_name.items()) if one.segments or one.unusable_numbers]
-    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(min(threads, _FEW_THREADS)) as few:
         _load_checkpoints(files, out, pool)
-        _read_headers(out, pool)
+        _read_headers(out, pool, few)
         last = last_sequences(out.segments)
         for found in out.segments:
             drop_torn(found, last[found.segment.disk] - WINDOW, pool, out.counts)
@@ -94,7 +95,7 @@ def _open_namespace(files: Files, disk: Disk, folder: Path, one: FoundNamespace,
             else:
                 one.unusable_numbers.setdefault(disk.position, set()).add(int(path.stem))
                 counts.segments_unusable += 1
-                counts.unusable_bytes += path.stat().st_size
+                counts.unusable_bytes += _bytes_of(path) + _bytes_of(path.with_suffix(checkpoint.SUFFIX))
                 log.warning("segment_unusable", path=str(path), reason=segment, effect="left alone; its blocks are misses")
 
 
@@ -103,7 +104,7 @@ def _remove_leftover(files: Files, disk: Disk, path: Path, counts: Counts) -> No
     try:
         files.remove(path)
     except OSError as error:
-        counts.unusable_bytes += path.stat().st_size
+        counts.unusable_bytes += _bytes_of(path)
         log.warning("leftover_not_removed", path=str(path), reason=str(error))
 
 
@@ -152,16 +153,17 @@ def _load_checkpoints(files: Files, out: Found, pool: ThreadPoolExecutor) -> Non
                 log.warning("segment_read_only", path=str(segment.path), reason=f"its checkpoint can't be removed: {error}")
 
 
-def _read_headers(out: Found, pool: ThreadPoolExecutor) -> None:
+def _read_headers(out: Found, pool: ThreadPoolExecutor, few: ThreadPoolExecutor) -> None:
     started_s = reported_s = time.monotonic()
     todo = [found for found in out.segments if found.scanned]
     total = sum(found.segment.geometry.slots_per_segment for found in todo)
     done = 0
-    jobs = [
-        (found, [pool.submit(scan_run, found.segment, slots) for slots in runs(found.segment.geometry.slots_per_segment)])
-        for found in todo
-    ]
-    for found, scans in jobs:
+    jobs: list[list[Future[RunScan]]] = []
+    for found in todo:
+        geometry = found.segment.geometry
+        threads = few if read_whole(geometry) else pool
+        jobs.append([threads.submit(scan_run, found.segment, slots) for slots in runs(geometry)])
+    for found, scans in zip(todo, jobs, strict=True):
         results = [scan.result() for scan in scans]
         found.entries = np.concatenate([result.entries for result in results])
         found.free = np.concatenate([result.free for result in results])
@@ -174,6 +176,11 @@ def _read_headers(out: Found, pool: ThreadPoolExecutor) -> None:
         if now_s - reported_s >= _PROGRESS_S:
             reported_s = now_s
             log.event("scanning", slots=done, of=total, slots_per_s=round(done / (now_s - started_s)))
+
+
+def _bytes_of(path: Path) -> int:
+    """What a file takes, in whole pages."""
+    return pages(path.stat().st_size) if path.exists() else 0
 
 
 def _is_namespace(name: str) -> bool:

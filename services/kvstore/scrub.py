@@ -4,9 +4,9 @@
 
 A pass begins when it is due or asked for, at a segment chosen at random: so it needs no memory of what
 an earlier process had done, and over many short lives every segment has its turn. One block is read at
-a time, in a thread of its own, at most `bytes_per_s`, and only when no other read is waiting (or after
-`PATIENCE_S`, so that a busy store is scrubbed too). Header and payload are compared with what the index
-says; a block that differs is condemned, as one is that a reader finds bad.
+a time, at most `bytes_per_s`, and only when no other read is waiting (or after `PATIENCE_S`, so that a
+busy store is scrubbed too). Header and payload are compared with what the index says; a block that differs
+is condemned, as one is that a reader finds bad. While a disk doesn't answer, its blocks are passed over.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from functools import partial
 
 import msgspec
 
-from common.disk.io_pool import IoPool
 from common.disk.pages import aligned
 from common.errors import Overloaded
 from common.logs import Log
+from services.kvstore import file_calls
 from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot
 from services.kvstore.segment import CorruptPayload, Segment
 from services.kvstore.shelf import Shelf, SlotState
@@ -60,7 +60,7 @@ class Scrub:
         self._choice = choice or random.Random()
         self._asked = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._pool = IoPool(1, "kvstore-scrub", 1)
+        self._hanging: set[int] = set()  # disks that owe an answer, by position
         self._free_at_s = 0.0
 
     def start(self) -> None:
@@ -103,10 +103,6 @@ class Scrub:
             self.state = ScrubState.IDLE
             log.event("scrub_ended", **msgspec.structs.asdict(self.progress))
 
-    def close(self) -> None:
-        """Ends the thread. Blocks for one read at most."""
-        self._pool.close()
-
     def _blocks(self) -> Iterator[tuple[Shelf, int]]:
         """Every slot with a block in it, segment by segment, from a random one on. The store changes meanwhile."""
         shelves = list(self._store.space.shelves.values())
@@ -116,7 +112,7 @@ class Scrub:
             for slot in shelf.segment_slots(position):
                 if shelf.segments.get(position) is not segment:
                     break  # removed meanwhile
-                if shelf.state(slot) is SlotState.STORED:
+                if shelf.state(slot) is SlotState.STORED and segment.disk not in self._hanging:
                     yield shelf, slot
 
     async def _turn(self, length: int) -> None:
@@ -136,13 +132,22 @@ class Scrub:
         if key is None:
             return
         segment, within = shelf.place(slot)
+        verify = partial(_verify, segment, within, key, sequence, checksum)
+        reading = asyncio.create_task(self._store.file_calls.run(segment.disk, verify))
+        self._hanging.add(segment.disk)
         index.pin(slot)
-        try:
-            (result,) = await self._pool.submit([partial(_verify, segment, within, key, sequence, checksum)]).done
-        except Overloaded:
-            return
-        finally:
+
+        def read(_: object) -> None:
+            self._hanging.discard(segment.disk)
             index.unpin(slot)
+
+        reading.add_done_callback(read)
+        await asyncio.wait([reading], timeout=file_calls.LATE_S)
+        if not reading.done():
+            return
+        result = reading.result()
+        if isinstance(result, Overloaded):
+            return
         length = PAGE_BYTES + shelf.geometry.padded_bytes
         self.progress.blocks_done += 1
         self.progress.bytes_done += length
@@ -153,8 +158,8 @@ class Scrub:
         assert isinstance(result, BaseException)
         self.progress.corrupt += 1
         self._store.metrics.scrub_corrupt_blocks += 1
-        self._store.io_failed(segment, result)
-        self._store.condemn(shelf, slot, sequence, f"scrub: {result}")
+        self._store.watch.failed_on(segment, result)
+        self._store.erasures.condemn(shelf, slot, sequence, f"scrub: {result}")
 
 
 def _verify(segment: Segment, within: int, key: bytes, sequence: int, checksum: int) -> bool:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from common.disk.pages import address, aligned
+from common.disk.pages import HUGE_BYTES, address, aligned, huge
 from common.disk.transfer import Op, Transfer
 from common.transport.memory import crc32c
 from services.kvstore.chunks import Chunks
@@ -247,8 +247,8 @@ def _restored(files: Files, fd: int, header: SegmentHeader) -> bool:
 
 
 def scratch(length: int) -> memoryview:
-    """`length` bytes (whole pages) of aligned memory that belongs to the calling thread."""
+    """`length` bytes (whole pages) of aligned memory, on huge pages if long, that belongs to the calling thread."""
     held: memoryview | None = getattr(_scratch, "held", None)
     if held is None or len(held) < length:
-        held = _scratch.held = aligned(length)
+        held = _scratch.held = huge(length) if length >= HUGE_BYTES else aligned(length)
     return held[:length]

@@ -60,7 +60,6 @@ async def serve(settings: KvStoreSettings, stop: asyncio.Event) -> None:
         tracing.setup("kvstore", id_, settings.otlp_endpoint)
         stack.callback(tracing.shutdown)
         scrub = Scrub(store, bytes_per_s=settings.scrub_bytes_per_s, every_s=settings.scrub_every_s)
-        stack.push_async_callback(asyncio.to_thread, scrub.close)
         server, endpoint = await _listen(settings, store, scrub, area, id_, stack)
         _publish(settings, store, area, stack)
 

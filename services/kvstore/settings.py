@@ -31,7 +31,7 @@ class KvStoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         int,
         Meta(
             ge=1 << 20,
-            description="bytes of segment files at most, over all folders; never more than 80 % of what is free on each disk",
+            description="bytes of all files of the store at most, over all folders; never more than 80 % of what is free on each disk",
         ),
     ] = 20 << 30
     segment_bytes: Annotated[

@@ -6,21 +6,24 @@ gives up. Nothing of that: there is no space. Of several free slots a block take
 parent's, so that a chain goes round all disks and one prefix is read from all of them at once.
 
 Invariants:
-- The bytes of all segment files on a disk, those being created and those that can't be used included,
+- The bytes of all files on a disk, checkpoints, those being created and those that can't be used included,
   never exceed its share of the budget (a share that shrank is met at start by dropping the coldest segments).
 - A segment with a leased block, or with a leased block's ancestor, is never taken.
 - Nothing is written to a disk that isn't SERVING.
+- A disk on which a file is made or removed for longer than `PATIENCE_S` is set aside: the others' turns come, and its own end in their time.
 """
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
 
 from common.blocks import Namespace
-from common.disk.io_pool import IoPool
 from common.logs import Log
-from services.kvstore.disk import Disk, DiskState
+from services.kvstore.checkpoint import footprint_bytes, slots_that_fit
+from services.kvstore.disk import OWN_FILES_BYTES, Disk, DiskState
 from services.kvstore.eviction import NewcomersFirst
+from services.kvstore.file_calls import FileCalls
 from services.kvstore.files import Files
 from services.kvstore.metrics import Metrics
 from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
@@ -31,17 +34,18 @@ from services.kvstore.tenants import Tenants
 
 log = Log("space")
 COMPARE_PAUSE_S = 5.0  # comparing namespaces looks at every block of the others
+PATIENCE_S = 1.0  # making a segment takes milliseconds
 SEGMENTS_PER_BUDGET = 8  # a segment is at most this fraction, so that namespaces can share a small budget
 
 
 class Space:
-    """The store's disk space. Belongs to the event loop; files are made and removed in the pool."""
+    """The store's disk space. Belongs to the event loop; files are made and removed by `FileCalls`."""
 
     def __init__(
         self,
         files: Files,
         disks: Sequence[Disk],
-        pool: IoPool,
+        calls: FileCalls,
         metrics: Metrics,
         *,
         segment_bytes: int,
@@ -53,7 +57,7 @@ class Space:
         self.tenants = tenants
         self.shelves: dict[Namespace, Shelf] = {}
         self.disks = disks
-        self.segment_files = SegmentFiles(files, disks, pool, clock, failed)
+        self.segment_files = SegmentFiles(files, disks, calls, clock, failed)
         self._metrics = metrics
         self._segment_bytes = segment_bytes
         self._clock = clock
@@ -80,7 +84,7 @@ class Space:
         if shelf is not None:
             return shelf
         geometry = self.geometry(payload_bytes)
-        if geometry.segment_bytes > max(disk.budget_bytes for disk in self.disks):
+        if footprint_bytes(geometry) > max(disk.budget_bytes for disk in self.disks) - OWN_FILES_BYTES:
             return None
         return self.add_found(namespace, geometry, ticks)
 
@@ -92,10 +96,10 @@ class Space:
 
     def geometry(self, payload_bytes: int) -> Geometry:
         """Sizes of a new namespace's segments."""
-        slot_bytes = Geometry(payload_bytes, 1).slot_bytes
-        share = self.budget_bytes // max(1, len(self.serving))
-        room = min(self._segment_bytes, share // SEGMENTS_PER_BUDGET) - PAGE_BYTES
-        return Geometry(payload_bytes, min(SLOTS_MAX, max(1, room // slot_bytes)))
+        share = self.budget_bytes // max(1, len(self.serving)) - OWN_FILES_BYTES
+        wanted = (self._segment_bytes - PAGE_BYTES) // Geometry(payload_bytes, 1).slot_bytes
+        fitting = slots_that_fit(payload_bytes, share // SEGMENTS_PER_BUDGET)
+        return Geometry(payload_bytes, max(1, min(SLOTS_MAX, wanted, fitting)))
 
     async def prepare(self, shelf: Shelf, slots: int) -> None:
         """Gets free slots by new segments, as far as that is right. `take` may evict beyond.
@@ -104,12 +108,7 @@ class Space:
         """
         if shelf.free_slots >= slots and self._narrow(shelf, slots) is None:
             return
-        task = asyncio.create_task(self._prepare(shelf, slots))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        shelf.preparing += 1
-        task.add_done_callback(lambda _: setattr(shelf, "preparing", shelf.preparing - 1))
-        await asyncio.shield(task)
+        await asyncio.shield(self._begin(shelf, self._prepare(shelf, slots)))
 
     async def settle(self) -> None:
         """Waits until no segment is being made or removed."""
@@ -124,22 +123,23 @@ class Space:
     async def _prepare(self, shelf: Shelf, slots: int) -> None:
         async with self._changing:
             while (disk := self._narrow(shelf, slots)) is not None:
-                if not await self._grow(shelf, disk) and not self.segment_files.paused(disk):
-                    break
+                await self._patiently(self._begin(shelf, self._grow(shelf, disk)))
             while shelf.free_slots < slots:
-                roomy = [disk for disk in self.disks if disk.has_room(shelf.geometry.segment_bytes)]
-                if roomy:
-                    if not await self._grow(shelf, max(roomy, key=lambda disk: disk.budget_bytes - disk.used_bytes)):
-                        return
-                elif not await self._take_over(shelf):
+                roomy = [disk for disk in self.disks if disk.has_room(footprint_bytes(shelf.geometry))]
+                ready = [disk for disk in roomy if not self.segment_files.paused(disk)]
+                if ready:
+                    roomiest = max(ready, key=lambda disk: disk.budget_bytes - disk.used_bytes)
+                    await self._patiently(self._begin(shelf, self._grow(shelf, roomiest)))
+                elif roomy or not await self._take_over(shelf):
                     return
 
     def _narrow(self, shelf: Shelf, slots: int) -> Disk | None:
         """A disk that has room, but not yet its part of the free slots that `slots` blocks in turn would take."""
         serving = self.serving
         part = -(-slots // max(1, len(serving)))
+        footprint = footprint_bytes(shelf.geometry)
         for disk in serving:
-            room = disk.has_room(shelf.geometry.segment_bytes) and not self.segment_files.paused(disk)
+            room = disk.has_room(footprint) and not self.segment_files.paused(disk)
             if room and shelf.free_on(disk.position) < part:
                 return disk
         return None
@@ -218,20 +218,39 @@ class Space:
                 if serving and position in shelf.segments and _heat(shelf, position) is not None:
                     removed = self._empty_segment(shelf, position)
                     freed_bytes += removed.geometry.segment_bytes
-                    await self.segment_files.remove(removed)
+                    await self._patiently(self._begin(shelf, self.segment_files.remove(removed)))
             return before - len(shelf.index), freed_bytes
 
     def adopt(self, shelf: Shelf, segment: Segment) -> range:
         """Takes a segment in; the numbers of its slots."""
-        self.disks[segment.disk].segment_bytes += segment.geometry.segment_bytes
+        self.disks[segment.disk].segment_bytes += footprint_bytes(segment.geometry)
         return shelf.add_segment(segment)
 
-    async def _grow(self, shelf: Shelf, disk: Disk) -> bool:
+    async def _grow(self, shelf: Shelf, disk: Disk) -> None:
+        """A new segment on a disk; where that fails, the disk is paused or doesn't serve any more."""
         segment = await self.segment_files.make(shelf, disk)
-        if segment is None:
-            return False
-        shelf.free(reversed(shelf.add_segment(segment)))
-        return True
+        if segment is not None:
+            shelf.free(reversed(shelf.add_segment(segment)))
+
+    def _begin(self, shelf: Shelf, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work for a shelf, to its end, whether or not somebody waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        shelf.preparing += 1
+
+        def ended(_: object) -> None:
+            self._tasks.discard(task)
+            shelf.preparing -= 1
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _patiently(self, work: asyncio.Task[None]) -> bool:
+        """Whether it ended in time."""
+        done, _ = await asyncio.wait([work], timeout=PATIENCE_S)
+        for one in done:
+            one.result()
+        return bool(done)
 
     async def _take_over(self, shelf: Shelf) -> bool:
         """Removes another namespace's segment if all in it is colder than what `shelf` would evict."""
@@ -246,8 +265,7 @@ class Space:
         other, position, _ = chosen
         segment = self._empty_segment(other, position)
         log.event("segment_taken", path=str(segment.path), by=shelf.namespace)
-        await self.segment_files.remove(segment)
-        return True
+        return await self._patiently(self._begin(shelf, self.segment_files.remove(segment)))
 
     def _coldest_segment(self, shelves: list[Shelf], disk: Disk | None = None) -> tuple[Shelf, int, int] | None:
         """The segment (of one disk) whose hottest block, descendants elsewhere included, is coldest; its position and heat."""
@@ -271,7 +289,7 @@ class Space:
         """What is wrong, in words."""
         problems: list[str] = []
         for disk in self.disks:
-            held = sum(shelf.geometry.segment_bytes for shelf, _ in self._segments_on(disk))
+            held = sum(footprint_bytes(shelf.geometry) for shelf, _ in self._segments_on(disk))
             if held != disk.segment_bytes:
                 problems.append(f"{disk.folder}: {held} bytes in segments, {disk.segment_bytes} are accounted for")
             if disk.used_bytes > disk.budget_bytes and disk.used_bytes > disk.unusable_bytes:

@@ -15,7 +15,6 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,7 +22,6 @@ import msgspec
 from common.blocks import KEY_BYTES, Namespace
 from common.disk.devices import DeviceEngines
 from common.disk.engine import Engine, open_engine
-from common.disk.io_pool import IoPool
 from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import NO_TERMS, Admission, BlockMeta, Terms
@@ -33,18 +31,18 @@ from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
 from services.kvstore.disk_watch import DiskWatch
 from services.kvstore.doorkeeper import Doorkeeper
+from services.kvstore.erasures import Erasures
+from services.kvstore.file_calls import FileCalls
 from services.kvstore.files import Files
-from services.kvstore.found import FoundNamespace
 from services.kvstore.intake import Intake
 from services.kvstore.leases import Lease, LeaseTable, ReadLease, WriteLease
 from services.kvstore.metrics import Metrics
+from services.kvstore.opening import take_in
 from services.kvstore.options import StoreOptions
 from services.kvstore.pins import Pins
 from services.kvstore.record import PAYLOAD_BYTES_MAX
 from services.kvstore.reuse import ReuseSample
 from services.kvstore.scan import WINDOW, scan
-from services.kvstore.segment import Segment
-from services.kvstore.shelf import Shelf
 from services.kvstore.space import Space
 from services.kvstore.store_time import StoreTime
 from services.kvstore.tenants import Tenants, digest
@@ -54,7 +52,6 @@ log = Log("store")
 EPOCH_BYTES = 16
 WRITE_LATE_S = 15.0  # then the disk is probed; the write is waited for all the same
 EXPIRY_POLL_S = 0.25  # while draining
-_FILE_THREADS = 4  # segments being made or removed, headers being erased
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
 
 
@@ -96,30 +93,30 @@ class Store:
         self.disks = open_disks(self._files, folders, budget_bytes=options.budget_bytes, direct=options.direct)
         self.readers = self._engines("kvstore-read", options.read_depth, options.pending_reads_max)
         self.writers = self._engines("kvstore-write", options.write_depth, _PENDING_WRITES_MAX)
-        self.files_pool = IoPool(_FILE_THREADS, "kvstore-files", _PENDING_WRITES_MAX)
+        self.file_calls = FileCalls(self.disks, lambda disk, error: self.watch.failed(disk, error))
         self.leases = LeaseTable(clock, options.leases_max, options.lease_s_max, options.lease_s)
         self.time_s = StoreTime(clock, wall)
         self.tenants = Tenants(options.tenant_quota_bytes)
-        self.pins = Pins(clock, lambda: self.space.budget_bytes)
         self.reuse = ReuseSample()
         self.space = Space(
             self._files,
             self.disks,
-            self.files_pool,
+            self.file_calls,
             self.metrics,
             segment_bytes=options.segment_bytes,
             clock=clock,
             failed=lambda disk, error: self.watch.failed(disk, error),
             tenants=self.tenants,
         )
-        self.checkpoints = Checkpoints(self._files, self.space, self.files_pool, clock, self.time_s)
+        self.pins = Pins(clock, self.space)
+        self.checkpoints = Checkpoints(self._files, self.space, self.file_calls, clock, self.time_s)
         self.watch = DiskWatch(self._files, self.space, lambda disk: self.writer.close_numbers(disk.position))
+        self.erasures = Erasures(self.checkpoints, self.file_calls, self.watch, self.metrics)
         self.writer = Writer(self.writers, durable=options.durable)
         self._ticks = iter(lambda: self.writer.next_sequence, 0)  # a use is dated by the write that comes next
         doorkeeper = Doorkeeper() if options.admission == "second_touch" else None
         self.intake = Intake(self.space, self.metrics, options.reserved_bytes_max, doorkeeper)
         self._lease_ended = asyncio.Event()
-        self._erasing: set[asyncio.Task[bool]] = set()
 
     def _engines(self, label: str, depth: int, pending_max: int) -> Engine:
         """One engine for each disk, behind one face."""
@@ -154,9 +151,7 @@ class Store:
         found = scan(self._files, self.disks, threads=self.options.read_depth)
         counts = found.counts
         for one in found.namespaces:
-            for disk, numbers in one.unusable_numbers.items():
-                self.space.segment_files.unusable_numbers[disk, one.namespace] = numbers
-            self._load_namespace(one)
+            take_in(one, self.space, self._ticks)
         self.writer.next_sequence = max(found.last_sequence, found.last_tick) + 1
         self.metrics.corrupt_blocks += counts.damaged + counts.foreign + counts.torn
         self.space.fit_budget()
@@ -173,16 +168,6 @@ class Store:
             blocks_per_s=round(counts.blocks / max(seconds, 1e-9)),
             **msgspec.structs.asdict(counts),
         )
-
-    def _load_namespace(self, one: FoundNamespace) -> None:
-        if one.geometry is None:
-            return
-        shelf = self.space.add_found(one.namespace, one.geometry, self._ticks)
-        for found in one.segments:
-            first = self.space.adopt(shelf, found.segment).start
-            if found.segment.writable:
-                shelf.free((first + found.free[::-1]).tolist())
-        shelf.store_found([(found.segment, found.entries) for found in one.segments])
 
     # Reading
 
@@ -204,62 +189,6 @@ class Store:
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Found(len(slots), token, granted_s)
-
-    def pin(self, namespace: Namespace, keys: Sequence[bytes], for_s: float) -> int:
-        """Keeps the stored prefix of a chain for a time, 0 to keep it no longer; its blocks. Raises `Overloaded`."""
-        shelf = self.space.shelves.get(namespace)
-        slots = shelf.index.prefix(keys) if shelf is not None else NO_SLOTS
-        if shelf is None or not len(slots):
-            return 0
-        if not for_s:
-            return self.pins.unpin(namespace, keys[len(slots) - 1])
-        self.pins.pin(shelf, keys, slots, for_s)
-        return len(slots)
-
-    def condemn(self, shelf: Shelf, slot: int, sequence: int, reason: str) -> None:
-        """A block's bytes can't be had, or are wrong: from now on it is a miss."""
-        key = shelf.index.key(slot)
-        if key is None or shelf.index.sequence(slot) != sequence:
-            return
-        segment, within = shelf.place(slot)
-        log.warning("block_dropped", key=key.hex(), path=str(segment.path), slot=within, reason=reason)
-        self.metrics.corrupt_blocks += 1
-        writable = segment.writable
-        if not writable:
-            shelf.index.unpin(slot)
-        shelf.condemn(slot)
-        self.erase(shelf, segment, [slot])
-
-    def io_failed(self, segment: Segment, error: BaseException) -> None:
-        """A read or write of a segment failed, or took too long: is it the disk?"""
-        self.watch.failed(self.disks[segment.disk], error)
-
-    def erase(self, shelf: Shelf, segment: Segment, slots: Sequence[int]) -> "asyncio.Task[bool]":
-        """Makes condemned slots of one segment empty on disk, so that no start finds their blocks; whether it worked."""
-        task = asyncio.create_task(self._erase(shelf, segment, slots))
-        self._erasing.add(task)
-        task.add_done_callback(self._erasing.discard)
-        return task
-
-    async def _erase(self, shelf: Shelf, segment: Segment, slots: Sequence[int]) -> bool:
-        usable = False
-        if segment.writable:
-            within = [shelf.place(slot)[1] for slot in slots]
-            try:
-                refused = await self.checkpoints.open_for_writing([segment])
-                result: bool | BaseException
-                if refused:
-                    result = refused[segment]
-                else:
-                    (result,) = await self.files_pool.submit([partial(_erase_slots, segment, within)]).done
-                usable = result is True
-                if isinstance(result, BaseException):
-                    self.io_failed(segment, result)
-            except Overloaded:
-                usable = False
-        for slot in slots:
-            shelf.erased(slot, usable=usable)
-        return usable
 
     # Writing
 
@@ -295,7 +224,7 @@ class Store:
         writing = asyncio.create_task(self.writer.write([write for write in writes if write.segment not in refused]))
         while not (await asyncio.wait([writing], timeout=WRITE_LATE_S))[0]:
             for segment in {write.segment for write in writes}:
-                self.io_failed(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
+                self.watch.failed_on(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
         outcomes = iter(writing.result())
         return [Outcome(0, refused[write.segment]) if write.segment in refused else next(outcomes) for write in writes]
 
@@ -362,14 +291,13 @@ class Store:
         await self.space.settle()
         await self.checkpoints.settle()
         await self.watch.settle()
-        while self._erasing:
-            await asyncio.wait(self._erasing)
+        await self.erasures.settle()
 
     def close(self) -> None:
         """Ends the I/O and lets go of the folders. Blocking, idempotent."""
         self.readers.close()
         self.writers.close()
-        self.files_pool.close()
+        self.file_calls.close()
         self.watch.close()
         for shelf in self.space.shelves.values():
             for segment in shelf.segments.values():
@@ -398,10 +326,3 @@ class Store:
         if self.writer.open_writes > WINDOW:
             problems.append(f"{self.writer.open_writes} writes are open: at most {WINDOW}")
         return problems
-
-
-def _erase_slots(segment: Segment, slots: Sequence[int]) -> bool:
-    for slot in slots:
-        segment.erase(slot)
-    segment.sync()
-    return True

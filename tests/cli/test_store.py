@@ -200,6 +200,24 @@ async def test_blocks_are_evicted_by_key_fraction_and_namespace(tmp_path: Path, 
         assert "0 blocks evicted" in (await store("evict", "--at", ready["grpc"], "--namespace", OTHER)).out
 
 
+async def test_chains_are_pinned_and_let_go(tmp_path: Path, store: Console, region: Region) -> None:
+    keys, other = chain(4), chain(2, "other")
+    async with running(tmp_path) as (_, client, ready):
+        await put(client, region, keys)
+        await put(client, region, other)
+        said = await store("pin", keys[2].hex(), other[1].hex(), "--for-s", "600", "--at", ready["grpc"])
+        assert said.status == 0 and f"{keys[2].hex()}: 3 blocks kept for 600 s" in said.out and "2 blocks kept" in said.out
+        said = await store("evict", "--at", ready["grpc"], "--fraction", "1")
+        assert "1 blocks evicted, 5 kept" in said.out and await client.count(NAMESPACE, keys) == 3
+        assert "pins: 2, which keep" in (await store("stat", "--at", ready["grpc"])).out
+        said = await store("unpin", keys[2].hex(), keys[0].hex(), "--at", ready["grpc"])
+        assert said.status == 1 and "3 blocks no longer kept" in said.out and f"{keys[0].hex()} is not pinned" in said.err
+        said = await store("evict", "--at", ready["grpc"], "--fraction", "1")
+        assert "3 blocks evicted, 2 kept" in said.out
+        said = await store("pin", keys[0].hex(), "--at", ready["grpc"])
+        assert said.status == 1 and "is not stored at" in said.err
+
+
 async def test_a_scrub_is_started_and_watched(tmp_path: Path, store: Console, region: Region) -> None:
     keys = chain(6)
     async with running(tmp_path, "--scrub-bytes-per-s", str(1 << 40)) as (_, client, ready):
@@ -229,6 +247,8 @@ async def test_a_scrub_is_started_and_watched(tmp_path: Path, store: Console, re
         (("evict", "--fraction", "1.5"), "'1.5': expected a number over 0, at most 1"),
         (("evict", "--key", "AB" * 32), "expected 64 lower-case hex digits"),
         (("evict", "--key", "ab" * 32, "--fraction", "0.1"), "not both"),
+        (("pin",), "KEY"),
+        (("pin", "ab" * 32, "--for-s", "0"), "'0': expected whole seconds, 1 to"),
         (("dump-block",), "KEY"),
         (("dump-block", "12"), "expected 64 lower-case hex digits"),
         (("stat", "--folder", "x", "--at", "y:1"), "give one of them"),

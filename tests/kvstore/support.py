@@ -13,8 +13,11 @@ from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken, Part, PartStatus
 from common.transport.memory import crc32c
 from services.kvstore.area import StoreArea
+from services.kvstore.checkpoint import footprint_bytes
+from services.kvstore.disk import OWN_FILES_BYTES
 from services.kvstore.files import Files
 from services.kvstore.options import StoreOptions
+from services.kvstore.record import Geometry, pages
 from services.kvstore.store import Reserved, Store
 
 NAMESPACE = Namespace("a1" * 32)
@@ -52,15 +55,21 @@ def offers(keys: Sequence[bytes], parent: bytes = ROOT, length: int = LENGTH) ->
     return [BlockMeta(key, before, length) for key, before in zip(keys, [parent, *keys[:-1]], strict=True)]
 
 
-SEGMENT_BYTES = 4096 + 4 * 12288  # four slots of LENGTH bytes
+SEGMENT = Geometry(LENGTH, 4)
+SEGMENT_BYTES = SEGMENT.segment_bytes
 ENGINE = "auto"  # the fixture `engine` sets it
 CAPACITY = 32  # blocks of LENGTH bytes in the default budget
+
+
+def room_for(segments: int, *, disks: int = 1, geometry: Geometry = SEGMENT) -> int:
+    """The budget into which exactly so many segments fit, on one disk or shared by several."""
+    return segments * footprint_bytes(geometry) + disks * OWN_FILES_BYTES
 
 
 def options(**changed: object) -> StoreOptions:
     """A small store: eight segments of four slots."""
     chosen: dict[str, object] = {
-        "budget_bytes": 8 * SEGMENT_BYTES,
+        "budget_bytes": room_for(8),
         "segment_bytes": SEGMENT_BYTES,
         "read_depth": 2,
         "write_depth": 2,
@@ -196,8 +205,8 @@ def slot_offset(folder: Path, key: bytes) -> tuple[Path, int]:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Of all segment files."""
-    return sum(path.stat().st_size for path in folder.rglob("*.seg"))
+    """Of all files, in whole pages."""
+    return sum(pages(path.stat().st_size) for path in folder.rglob("*") if path.is_file())
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -10,14 +10,14 @@ import pytest
 
 from common.transport.interface import PartStatus
 from services.kvstore import checkpoint
-from services.kvstore.checkpoint import Checkpoint
+from services.kvstore.checkpoint import Checkpoint, footprint_bytes, slots_that_fit
 from services.kvstore.checkpoints import QUIET_S
 from services.kvstore.entries import ENTRY
 from services.kvstore.files import Files
 from services.kvstore.record import Geometry, SegmentHeader
 from services.kvstore.segment import Segment
 from tests.kvstore.faulty import EIO, FailingFiles, RecordingFiles
-from tests.kvstore.support import CAPACITY, NAMESPACE, OTHER, Clock, Rig, chain, options, rig
+from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, OTHER, SEGMENT, Clock, Rig, bytes_on_disk, chain, options, rig
 
 HEADER = SegmentHeader(bytes(range(32)), Geometry(100, 2), 3)
 
@@ -190,18 +190,80 @@ async def test_a_write_waits_for_a_checkpoint_that_is_about_to_be_saved_and_disc
     async with rig(tmp_path, clock=clock) as one:
         assert await one.put(chain(CAPACITY, "old")) == [PartStatus.OK] * CAPACITY  # all segments are full
         clock.now += QUIET_S + 1
-        held = [one.store.files_pool.submit([lambda: gate.wait(30)]) for _ in range(8)]  # every thread is busy
+        held = [asyncio.create_task(one.store.file_calls.run(0, lambda: gate.wait(30))) for _ in range(8)]  # every thread is busy
+        await asyncio.sleep(0)  # they are submitted
         one.store.sweep()
         writing = asyncio.create_task(one.put(chain(CAPACITY, "new")))
         await asyncio.wait([writing], timeout=0.2)  # time enough for one that doesn't wait
         gate.set()
         assert await writing == [PartStatus.OK] * CAPACITY
-        for batch in held:
-            await batch.done
+        await asyncio.gather(*held)
         await one.store.settle()
         assert not checkpoint_files(tmp_path)
     async with rig(tmp_path) as one:
         assert len(await one.get(chain(CAPACITY, "new"))) == CAPACITY
+
+
+class WatchingFiles(Files):
+    """Looks at the folder before and after every call that makes or changes a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.peak_bytes = 0
+        self._folder = folder
+
+    def look(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, bytes_on_disk(self._folder))
+
+    def write(self, fd: int, buffer: memoryview, offset: int) -> int:
+        try:
+            return super().write(fd, buffer, offset)
+        finally:
+            self.look()
+
+    def allocate(self, fd: int, length: int) -> None:
+        super().allocate(fd, length)
+        self.look()
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.look()
+        super().rename(old, new)
+        self.look()
+
+
+async def test_checkpoints_have_their_place_in_the_budget_also_while_they_are_written(tmp_path: Path) -> None:
+    """One segment less and it would not be full; one file more and it would be over."""
+    chosen = options(io="threads")
+    files = WatchingFiles(tmp_path)
+    for name in ("first", "second"):
+        async with rig(tmp_path, chosen, files=files) as one:
+            await one.put(chain(CAPACITY, name))
+            assert len(files_of(one)) == 8
+            assert one.store.space.used_bytes == chosen.budget_bytes
+            await one.store.drain(1.0)
+            assert len(checkpoint_files(tmp_path)) == 8
+    assert options().budget_bytes - footprint_bytes(SEGMENT) < files.peak_bytes <= options().budget_bytes
+
+
+async def test_a_budget_that_takes_no_checkpoints_costs_a_segment(tmp_path: Path) -> None:
+    async with rig(tmp_path) as one:
+        await one.put(chain(CAPACITY))
+    async with rig(tmp_path, options(budget_bytes=options().budget_bytes - 1)) as one:
+        assert len(files_of(one)) == 7
+        await one.store.drain(1.0)
+        assert bytes_on_disk(tmp_path) <= one.store.options.budget_bytes
+
+
+@pytest.mark.parametrize("slots", [1, 2, 35, 36, 37, 1000])
+def test_segments_are_as_large_as_their_place_in_the_budget(slots: int) -> None:
+    footprint = footprint_bytes(Geometry(LENGTH, slots))
+    assert slots_that_fit(LENGTH, footprint) == slots
+    assert slots_that_fit(LENGTH, footprint - 1) == slots - 1
+
+
+def test_a_checkpoint_of_every_slot_takes_no_more_than_is_reserved(tmp_path: Path) -> None:
+    segment = Segment(Files(), tmp_path / "00000003.seg", -1, HEADER, direct=False, writable=True)
+    data = checkpoint.encode(segment, Checkpoint(np.zeros(HEADER.geometry.slots_per_segment, ENTRY), 1))
+    assert len(data) <= footprint_bytes(HEADER.geometry) - HEADER.geometry.segment_bytes < len(data) + 4096
 
 
 async def test_a_checkpoint_goes_with_its_segment_and_one_left_behind_is_not_believed_by_the_next(tmp_path: Path) -> None:

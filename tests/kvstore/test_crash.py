@@ -12,12 +12,25 @@ from common.storage import BlockMeta
 from common.transport.interface import PartStatus
 from services.kvstore import checkpoint, scan, writer
 from services.kvstore.options import StoreOptions
-from services.kvstore.record import PAGE_BYTES, SEGMENT_MAGIC, SLOT_MAGIC, STORE_MAGIC
+from services.kvstore.record import PAGE_BYTES, SEGMENT_MAGIC, SLOT_MAGIC, STORE_MAGIC, Geometry
 from tests.kvstore.faulty import Event, RecordingFiles, disk_after_crash
-from tests.kvstore.support import NAMESPACE, OTHER, ROOT, Rig, bytes_on_disk, chain, leftovers, offers, options, rig, slot_offset
+from tests.kvstore.support import (
+    NAMESPACE,
+    OTHER,
+    ROOT,
+    Rig,
+    bytes_on_disk,
+    chain,
+    leftovers,
+    offers,
+    options,
+    rig,
+    room_for,
+    slot_offset,
+)
 
 SLOT_BYTES, LENGTH = 8192, 2500
-BUDGET_BYTES = 8 * (4096 + 2 * SLOT_BYTES)
+BUDGET_BYTES = room_for(8, geometry=Geometry(LENGTH, 2))
 CHAINS = [(NAMESPACE, chain(5, f"crash{i}")) for i in range(4)] + [(OTHER, chain(4, "other")), (NAMESPACE, chain(5, "crash0"))]
 SPOILED = chain(2, "after the damage")
 EVERYTHING = sorted({(namespace, key) for namespace, keys in [*CHAINS, (NAMESPACE, SPOILED)] for key in keys})

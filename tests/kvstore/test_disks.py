@@ -1,10 +1,8 @@
 """One store over several directories: striping, shares of the budget, identity, and disks that fail."""
 
-import asyncio
 import errno
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +14,14 @@ from hypothesis import strategies as st
 from common.errors import Unavailable
 from common.transport.interface import PartStatus
 from services.kvstore import disk_watch
-from services.kvstore import store as store_module
 from services.kvstore.budget import Room, budget_that_fits, split
 from services.kvstore.disk import DiskState, read_identity
 from services.kvstore.files import Files
 from services.kvstore.identity import Claim, seat
 from services.kvstore.record import StoreIdentity, Unreadable
-from services.kvstore.scan import WINDOW
 from tests.kvstore.faulty import FailingFiles
-from tests.kvstore.support import NAMESPACE, OTHER, SEGMENT_BYTES, Rig, bytes_on_disk, chain, offers, options, rig, slot_offset
+from tests.kvstore.several import disks_of, folders, on_folder, three
+from tests.kvstore.support import NAMESPACE, OTHER, bytes_on_disk, chain, offers, rig, room_for, slot_offset
 
 OK = PartStatus.OK
 
@@ -33,32 +30,6 @@ OK = PartStatus.OK
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the probes of a disk."""
     monkeypatch.setattr(disk_watch, "PAUSE_S", 0.0)
-
-
-def folders(root: Path, count: int = 3) -> list[Path]:
-    return [root / f"ssd{i}" for i in range(count)]
-
-
-def three(**changed: object) -> object:
-    """Eight segments of four slots on each of three disks."""
-    return options(**({"budget_bytes": 24 * SEGMENT_BYTES} | changed))
-
-
-def disks_of(one: Rig, keys: Sequence[bytes]) -> list[int]:
-    """On which disk each block lies."""
-    shelf = one.store.space.shelves[NAMESPACE]
-    slots = [shelf.index.find(key) for key in keys]
-    return [shelf.place(slot)[0].disk for slot in slots if slot is not None]
-
-
-def on_folder(folder: Path, act: Callable[..., int | None]) -> Callable[..., int | None]:
-    """`act`, for calls on files in `folder` only."""
-
-    def fail(first: int | Path, *rest: object) -> int | None:
-        path = str(first) if isinstance(first, Path) else os.readlink(f"/proc/self/fd/{first}")
-        return act(first, *rest) if path.startswith(str(folder)) else None
-
-    return fail
 
 
 def raising(number: int) -> Callable[..., int | None]:
@@ -104,7 +75,7 @@ async def test_every_disk_keeps_its_share_of_the_budget(tmp_path: Path) -> None:
             assert await one.put(chain(4, f"chain{i}")) == [OK] * 4
             for disk in one.store.disks:
                 assert bytes_on_disk(disk.folder) <= disk.used_bytes <= disk.budget_bytes
-        assert [disk.used_bytes for disk in one.store.disks] == [8 * SEGMENT_BYTES] * 3
+        assert [disk.used_bytes for disk in one.store.disks] == [room_for(8)] * 3
         assert len(one.stored()) == 96
 
 
@@ -112,8 +83,8 @@ async def test_a_lowered_budget_is_met_on_every_disk(tmp_path: Path) -> None:
     keys = chain(90)
     async with rig(folders(tmp_path), three()) as one:
         await one.put(keys)
-    async with rig(folders(tmp_path), three(budget_bytes=12 * SEGMENT_BYTES)) as one:
-        assert all(bytes_on_disk(disk.folder) <= 4 * SEGMENT_BYTES for disk in one.store.disks)
+    async with rig(folders(tmp_path), three(budget_bytes=room_for(12, disks=3))) as one:
+        assert all(bytes_on_disk(disk.folder) <= room_for(4) for disk in one.store.disks)
         stored = len(await one.get(keys))
         assert stored == len(one.stored()) <= 48  # prefix-closed
 
@@ -280,7 +251,7 @@ async def test_one_directory_that_another_process_has_stops_the_start(tmp_path: 
 
 async def test_torn_blocks_of_a_disk_that_was_away_are_found(tmp_path: Path) -> None:
     first, second = folders(tmp_path, 2)
-    small = three(durable=False, budget_bytes=64 * SEGMENT_BYTES)
+    small = three(durable=False, budget_bytes=room_for(64, disks=3))
     async with rig([first, second], small) as one:
         keys = chain(2)
         await one.put(keys)
@@ -375,63 +346,12 @@ async def test_one_bad_block_does_not_cost_the_disk(tmp_path: Path) -> None:
         assert sum(disk.errors for disk in one.store.disks) == 1
 
 
-async def test_a_disk_that_hangs_is_given_up(tmp_path: Path) -> None:
-    keys, files, release = chain(9), FailingFiles(), threading.Event()
-
-    def hang(*_: object) -> int | None:
-        release.wait()
-        return None
-
-    async with rig(folders(tmp_path), three(), files=files, read_deadline_s=0.2) as one:
-        await one.put(keys)
-        one.store.watch.probe_deadline_s = 0.2
-        files.fail["read"] = on_folder(folders(tmp_path)[1], hang)
-        assert PartStatus.EXPIRED in await one.get(keys)
-        async with asyncio.timeout(30):
-            while one.store.disks[1].state is DiskState.SERVING:
-                await asyncio.wait([asyncio.create_task(one.store.watch.settle())])
-        release.set()
-        assert one.stored() == {key for key, disk in zip(keys, [0, 1, 2] * 3, strict=True) if disk != 1}
-
-
-async def test_writes_that_never_come_back_hold_up_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "WRITE_LATE_S", 0.1)
-    keys, files, release = chain(9), FailingFiles(), threading.Event()
-
-    def hang(*_: object) -> int | None:
-        release.wait()
-        return None
-
-    async with rig(folders(tmp_path), three(budget_bytes=60 * SEGMENT_BYTES, reserved_bytes_max=1 << 30), files=files) as one:
-        await one.put(keys)
-        on_the_lost = {key for key, disk in zip(keys, disks_of(one, keys), strict=True) if disk == 1}
-        room = await one.store.reserve(NAMESPACE, offers(chain(30, "room")), None)
-        assert room.token is not None
-        one.store.release(room.token)  # every disk has free slots now
-        one.store.watch.probe_deadline_s = 2.0
-        for call in ("read", "write", "sync"):
-            files.fail[call] = on_folder(folders(tmp_path)[1], hang)
-        try:
-            stuck = asyncio.create_task(one.put(chain(9, "stuck")))
-            async with asyncio.timeout(50):
-                while one.store.disks[1].state is not DiskState.LOST:
-                    await asyncio.wait([asyncio.create_task(one.store.watch.settle())], timeout=0.01)
-                for i in range(22):  # numbers go on past the window, though those of the stuck writes were never closed
-                    assert set(await one.put(chain(50, f"chain{i}"))) == {OK}
-            assert one.store.writer.next_sequence > WINDOW + 9 and not stuck.done()
-        finally:
-            release.set()
-        await stuck
-    async with rig(folders(tmp_path), three(budget_bytes=60 * SEGMENT_BYTES)) as one:
-        assert await one.readable(keys) >= on_the_lost
-
-
 async def test_an_unmounted_directory_is_lost_after_its_first_error(tmp_path: Path) -> None:
     keys, files = chain(9), FailingFiles()
     async with rig(folders(tmp_path), three(), files=files) as one:
         await one.put(keys)
         (folders(tmp_path)[2] / "STORE").unlink()  # what a mount point without its file system looks like
-        one.store.io_failed(
+        one.store.watch.failed_on(
             next(s for s in one.store.space.shelves[NAMESPACE].segments.values() if s.disk == 2), OSError(errno.EIO, "gone")
         )
         await one.store.settle()

@@ -311,6 +311,22 @@ async def test_a_disk_too_full_for_a_new_segment_leaves_no_trace_of_it(tmp_path:
         assert len(segment_files(tmp_path)) == 1
 
 
+async def test_a_segment_that_can_be_neither_made_nor_taken_away_counts_against_the_budget(tmp_path: Path) -> None:
+    files, clock = FailingFiles(), Clock()
+    async with rig(tmp_path, files=files, clock=clock) as one:
+        await one.put(chain(4))
+        files.fail |= {"sync_folder": ENOSPC, "remove": ENOSPC}
+        for i in range(3):
+            await one.put(chain(4, f"chain{i}"))
+            clock.now += 10  # past the pause after a failed allocation
+            assert bytes_on_disk(tmp_path) <= one.store.space.used_bytes
+        assert len(segment_files(tmp_path)) == 4 and len(one.store.space.shelves[NAMESPACE].segments) == 1
+        files.fail.clear()
+        for i in range(10):
+            await one.put(chain(4, f"later{i}"))
+        assert bytes_on_disk(tmp_path) <= one.store.options.budget_bytes
+
+
 async def test_a_disk_too_full_for_a_new_namespace_costs_that_namespace_only(tmp_path: Path) -> None:
     keys, files = chain(3), FailingFiles()
     async with rig(tmp_path, files=files) as one:

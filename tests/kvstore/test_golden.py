@@ -10,14 +10,14 @@ from common.transport.interface import Part, PartStatus
 from common.transport.memory import crc32c
 from services.kvstore.disk import read_identity, write_identity
 from services.kvstore.files import Files
-from services.kvstore.record import StoreIdentity, Unreadable, decode_store
-from tests.kvstore.support import offers, options, rig
+from services.kvstore.record import Geometry, StoreIdentity, Unreadable, decode_store
+from tests.kvstore.support import offers, options, rig, room_for
 
 NAMESPACE = Namespace(bytes(range(32)).hex())
 KEY, PARENT = b"K" * 32, b"P" * 32
 PAYLOAD = bytes(range(100))
 PART = Part(0, 0, 100)
-OPTIONS = options(budget_bytes=8 * 20480, segment_bytes=20480)
+OPTIONS = options(budget_bytes=room_for(8, geometry=Geometry(100, 2)), segment_bytes=20480)
 
 SEGMENT_PAGE = bytes.fromhex(
     "504e53544b534547"  # magic "PNSTKSEG"

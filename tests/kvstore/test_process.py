@@ -284,6 +284,22 @@ async def test_bad_requests_get_clear_errors_and_disturb_nothing(tmp_path: Path,
         assert await get(client, region, keys) == 3
 
 
+@pytest.mark.parametrize("method", ["KvStore/Lookup", "KvStore/Reserve", "KvStore/Renew", "Admin/Evict", "Admin/Pin"])
+async def test_bytes_that_are_no_request_are_refused_with_the_reason_and_disturb_nothing(
+    tmp_path: Path, region: Region, method: str
+) -> None:
+    keys = chain(2)
+    async with running(tmp_path) as (_, client, ready), rpc.channel(ready["grpc"]) as channel:
+        await put(client, region, keys)
+        for data in (b"\xff" * 7, b"\x0a\x20cut", os.urandom(1000) + b"\xff"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary(f"/penstock.kvstore.v1.{method}")(data, timeout=20)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert f"{method} got {len(data)} bytes that are no message of its type" in caught.value.details()
+            assert isinstance(rpc.raised(caught.value, "peer"), InvalidRequest)
+        assert await get(client, region, keys) == 2
+
+
 async def test_a_stranger_on_the_byte_plane_gets_nothing(tmp_path: Path, region: Region) -> None:
     keys = chain(2)
     async with running(tmp_path) as (_, client, _):
@@ -412,5 +428,10 @@ async def test_terms_and_pins_go_over_the_wire(tmp_path: Path, region: Region) -
         admin = kvstore_pb2_grpc.AdminStub(channel)
         reply = await admin.Pin(pb.PinRequest(namespace=NAMESPACE, keys=keys, for_s=5), timeout=20)
         assert reply.blocks == 0
-        with pytest.raises(grpc.aio.AioRpcError, match="0 keys"):
-            await admin.Pin(pb.PinRequest(namespace=NAMESPACE), timeout=20)
+        for request, message in (
+            (pb.PinRequest(namespace=NAMESPACE), "0 keys"),
+            (pb.PinRequest(namespace=NAMESPACE, last=keys[0]), "not both"),
+            (pb.PinRequest(last=b"short"), "key has 5 bytes"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=message):
+                await admin.Pin(request, timeout=20)

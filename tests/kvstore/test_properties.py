@@ -22,9 +22,10 @@ from tests.kvstore.support import (
     options,
     payload,
     rig,
+    room_for,
 )
 
-OPTIONS = options(budget_bytes=3 * SEGMENT_BYTES + 5, segment_bytes=SEGMENT_BYTES, read_depth=1, write_depth=1)
+OPTIONS = options(budget_bytes=room_for(3) + 5, segment_bytes=SEGMENT_BYTES, read_depth=1, write_depth=1)
 CHAINS = [(NAMESPACE, ROOT, chain(8, f"c{i}")) for i in range(4)]
 CHAINS += [(NAMESPACE, CHAINS[0][2][3], chain(4, "branch", CHAINS[0][2][3])), (OTHER, ROOT, chain(5, "other"))]
 WHICH = st.integers(0, len(CHAINS) - 1)

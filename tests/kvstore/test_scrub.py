@@ -41,7 +41,6 @@ async def test_a_pass_reads_every_block_and_changes_nothing_that_is_good(tmp_pat
             assert progress.bytes_done == 20 * 12288 == one.store.metrics.scrubbed_bytes
             assert scrub.passes == 1 and scrub.state is ScrubState.IDLE
             assert len(await one.get(keys)) == 20
-            scrub.close()
 
 
 async def test_bad_payloads_and_headers_become_misses_and_stay_so(tmp_path: Path) -> None:
@@ -52,7 +51,6 @@ async def test_bad_payloads_and_headers_become_misses_and_stay_so(tmp_path: Path
         flip(tmp_path, keys[7], 80)  # the header's parent
         scrub = scrub_of(one)
         await scrub.run_once()
-        scrub.close()
         await one.store.settle()
         assert scrub.progress.corrupt == one.store.metrics.corrupt_blocks == one.store.metrics.scrub_corrupt_blocks == 2
         assert one.stored() == set(keys) - {keys[3], keys[7]}
@@ -76,7 +74,6 @@ async def test_an_unreadable_block_becomes_a_miss(tmp_path: Path) -> None:
         files.fail["read"] = fail
         scrub = scrub_of(one)
         await scrub.run_once()
-        scrub.close()
         assert keys[5] not in one.stored() and scrub.progress.corrupt >= 1
 
 
@@ -93,7 +90,6 @@ async def test_a_pass_is_stopped_and_started(tmp_path: Path) -> None:
         running.cancel()
         await asyncio.wait([running])
         assert scrub.state is ScrubState.IDLE and scrub.passes == 0
-        scrub.close()
         scrub = scrub_of(one)
         running = asyncio.create_task(scrub.run())
         scrub.start()
@@ -102,7 +98,6 @@ async def test_a_pass_is_stopped_and_started(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
         running.cancel()
         await asyncio.wait([running])
-        scrub.close()
 
 
 async def test_passes_come_by_themselves_when_they_are_due(tmp_path: Path) -> None:
@@ -115,7 +110,6 @@ async def test_passes_come_by_themselves_when_they_are_due(tmp_path: Path) -> No
                 await asyncio.sleep(0)
         running.cancel()
         await asyncio.wait([running])
-        scrub.close()
 
 
 async def test_blocks_that_go_while_a_pass_runs_do_no_harm(tmp_path: Path) -> None:
@@ -128,7 +122,6 @@ async def test_blocks_that_go_while_a_pass_runs_do_no_harm(tmp_path: Path) -> No
             await one.put(chain(8, f"other{i}"), namespace=OTHER)
         await scrubbing
         assert scrub.progress.corrupt == 0
-        scrub.close()
 
 
 # Removal

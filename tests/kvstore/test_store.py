@@ -18,7 +18,6 @@ from tests.kvstore.support import (
     NAMESPACE,
     OTHER,
     ROOT,
-    SEGMENT_BYTES,
     Clock,
     bytes_on_disk,
     chain,
@@ -26,6 +25,7 @@ from tests.kvstore.support import (
     options,
     payload,
     rig,
+    room_for,
     segment_files,
 )
 
@@ -328,8 +328,8 @@ async def test_a_lowered_budget_is_met_at_start(tmp_path: Path) -> None:
     keys = chain(CAPACITY)
     async with rig(tmp_path) as one:
         await one.put(keys)
-    async with rig(tmp_path, options(budget_bytes=3 * SEGMENT_BYTES)) as one:
-        assert one.store.space.used_bytes <= 3 * SEGMENT_BYTES
+    async with rig(tmp_path, options(budget_bytes=room_for(3))) as one:
+        assert one.store.space.used_bytes <= room_for(3)
         assert len(segment_files(tmp_path)) == 3
         left = await one.get(keys)
         assert left == [payload(key) for key in keys[: len(left)]] and len(left) == 12

@@ -234,7 +234,7 @@ async def test_a_pinned_prefix_is_not_evicted_until_its_time_is_over(tmp_path: P
     clock, kept = Clock(), chain(4, "kept")
     async with rig(tmp_path, clock=clock) as one:
         await one.put(kept)
-        assert one.store.pin(NAMESPACE, [*kept, *chain(1)], 60) == 4
+        assert one.store.pins.keep(NAMESPACE, [*kept, *chain(1)], 60) == 4
         await one.put(chain(2 * CAPACITY, "more"))
         assert set(kept) <= one.stored()
         clock.now += 61
@@ -247,37 +247,52 @@ async def test_a_pinned_prefix_is_not_evicted_until_its_time_is_over(tmp_path: P
 async def test_a_pin_can_be_ended_and_what_is_not_stored_cannot_be_pinned(tmp_path: Path) -> None:
     keys = chain(3)
     async with rig(tmp_path) as one:
-        assert one.store.pin(NAMESPACE, keys, 60) == 0
+        assert one.store.pins.keep(NAMESPACE, keys, 60) == 0
         await one.put(keys)
-        assert one.store.pin(OTHER, keys, 60) == 0
-        assert one.store.pin(NAMESPACE, keys, 60) == 3
-        assert one.store.pin(NAMESPACE, keys, 10) == 3 and len(one.store.pins) == 1
-        assert one.store.pin(NAMESPACE, keys, 0) == 3 and not len(one.store.pins)
-        assert one.store.pin(NAMESPACE, keys, 0) == 0
+        assert one.store.pins.keep(OTHER, keys, 60) == 0
+        assert one.store.pins.keep(NAMESPACE, keys, 60) == 3
+        assert one.store.pins.keep(NAMESPACE, keys, 10) == 3 and len(one.store.pins) == 1
+        assert one.store.pins.keep(NAMESPACE, keys, 0) == 3 and not len(one.store.pins)
+        assert one.store.pins.keep(NAMESPACE, keys, 0) == 0
+
+
+async def test_a_pinned_block_keeps_those_before_it_and_nothing_behind(tmp_path: Path) -> None:
+    keys = chain(6)
+    async with rig(tmp_path) as one:
+        assert one.store.pins.keep_block(keys[3], 60) == 0
+        await one.put(keys)
+        assert one.store.pins.keep_block(keys[3], 60) == 4
+        assert one.store.pins.keep(NAMESPACE, keys[:4], 60) == 4 and len(one.store.pins) == 1  # the same one
+        for i in range(3):
+            await one.put(chain(CAPACITY, f"more{i}"))
+        assert set(keys) & one.stored() == set(keys[:4])
+        assert one.store.pins.keep_block(keys[1], 0) == 0  # no pin ends there
+        assert one.store.pins.keep_block(keys[3], 0) == 4 and not len(one.store.pins)
 
 
 async def test_pins_keep_at_most_half_of_the_budget_and_count_shared_blocks_once(tmp_path: Path) -> None:
-    trunk = chain(CAPACITY // 2 - 1)  # the budget has room for half a slot more than twice the 17 that are kept below
+    kept = options().budget_bytes // 2 // SLOT_BYTES
+    trunk = chain(kept - 2)
     async with rig(tmp_path) as one:
         await one.put(trunk)
         for name in ("a", "b", "c"):
             await one.put(chain(1, name, trunk[-1]), trunk[-1])
         for name in ("a", "b"):
-            assert one.store.pin(NAMESPACE, [*trunk, *chain(1, name, trunk[-1])], 60)
+            assert one.store.pins.keep(NAMESPACE, [*trunk, *chain(1, name, trunk[-1])], 60)
         with pytest.raises(Overloaded, match="at most 1024 pins and 50% of the budget"):
-            one.store.pin(NAMESPACE, [*trunk, *chain(1, "c", trunk[-1])], 60)
-        assert len(one.store.pins) == 2 and one.store.pins.kept_bytes == (CAPACITY // 2 + 1) * SLOT_BYTES
+            one.store.pins.keep(NAMESPACE, [*trunk, *chain(1, "c", trunk[-1])], 60)
+        assert len(one.store.pins) == 2 and one.store.pins.kept_bytes == kept * SLOT_BYTES
 
 
 async def test_a_pinned_block_that_turns_out_bad_goes_and_its_slot_is_not_kept(tmp_path: Path) -> None:
     keys = chain(2)
     async with rig(tmp_path) as one:
         await one.put(keys)
-        one.store.pin(NAMESPACE, keys, 60)
+        one.store.pins.keep(NAMESPACE, keys, 60)
         shelf = one.store.space.shelves[NAMESPACE]
         slot = shelf.index.find(keys[1])
         assert slot is not None
-        one.store.condemn(shelf, slot, shelf.index.sequence(slot), "a test says so")
+        one.store.erasures.condemn(shelf, slot, shelf.index.sequence(slot), "a test says so")
         await one.store.settle()
         one.store.sweep()
         assert not len(one.store.pins) and not shelf.index.pins_total()
