@@ -10,10 +10,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from services.kvstore.record import PAGE_BYTES, SLOT_MAGIC, VERSION, Geometry
+from services.kvstore.record import SLOT_MAGIC, VERSION, Geometry
+from services.kvstore.slot_pages import CRC_OFFSET, PAGE, Pages
 
 Entries = npt.NDArray[np.void]  # rows of ENTRY
-Pages = npt.NDArray[np.uint8]  # [slot, PAGE_BYTES]
 TENANT_BYTES = 16
 PROVEN = 1  # flag of an entry: a lookup found the block, or one that it hangs on (eviction.py)
 
@@ -30,21 +30,6 @@ ENTRY = np.dtype(
         ("flags", "<u4"),
     ]
 )
-
-# The slot page of record.py and docs/formats.md; SlotHeader is the same for a single one.
-_PAGE = np.dtype(
-    {
-        "names": [
-            "magic", "version", "flags", "namespace", "key", "parent", "sequence", "payload_bytes", "checksum", "slot", "segment",
-            "tenant", "written_s", "keep_s", "crc32c",
-        ],
-        "formats": [
-            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "V16", "<u8", "<u4", "<u4",
-        ],
-        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 4032, 4048, 4056, PAGE_BYTES - 4],
-        "itemsize": PAGE_BYTES,
-    }
-)  # fmt: skip
 
 
 class Verdict(IntEnum):
@@ -69,12 +54,12 @@ class Believed:
 
 def believe(pages: Pages, namespace: bytes, geometry: Geometry, segment: int, first_slot: int) -> Believed:
     """Decodes the header pages of consecutive slots of a segment."""
-    rows = pages.reshape(-1).view(_PAGE)
+    rows = pages.reshape(-1).view(PAGE)
     verdicts = np.full(len(rows), Verdict.BLOCK, np.uint8)
     verdicts[rows["magic"] != np.void(SLOT_MAGIC)] = Verdict.DAMAGED
     verdicts[rows["magic"] == np.void(bytes(8))] = Verdict.EMPTY
     for i in np.flatnonzero(verdicts == Verdict.BLOCK).tolist():
-        if google_crc32c.value(pages[i, : PAGE_BYTES - 4]) != rows["crc32c"][i]:
+        if google_crc32c.value(pages[i, :CRC_OFFSET]) != rows["crc32c"][i]:
             verdicts[i] = Verdict.DAMAGED
     sound = verdicts == Verdict.BLOCK
     verdicts[sound & ((rows["version"] != VERSION) | (rows["flags"] != 0))] = Verdict.NEWER

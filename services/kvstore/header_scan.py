@@ -9,9 +9,10 @@ import numpy as np
 
 from common.logs import Log
 from services.kvstore.column import Slots
-from services.kvstore.entries import Entries, Pages, Verdict, believe
+from services.kvstore.entries import Entries, Verdict, believe
 from services.kvstore.record import PAGE_BYTES
 from services.kvstore.segment import Segment, scratch
+from services.kvstore.slot_pages import Pages
 
 log = Log("scan")
 WHOLE_SLOT_BYTES_MAX = 32 << 10

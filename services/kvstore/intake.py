@@ -72,7 +72,7 @@ class Intake:
         slot = self._space.take(shelf, offer.parent, lease.tenant)
         if slot is None:
             return Admission.DROPPED, None
-        item = WriteItem(slot, offer.key, offer.parent, lease.tenant, lease.written_s, lease.keep_s)
+        item = WriteItem(slot, offer.key, offer.parent)
         shelf.tenants.charge(lease.tenant, shelf.geometry.slot_bytes)
         shelf.in_flight[offer.key] = item
         self.reserved_bytes += shelf.geometry.slot_bytes
@@ -91,29 +91,30 @@ class Intake:
         lease.shelf.index.pin(slot)
         lease.pins.append(slot)
 
-    def filled(self, lease: WriteLease, item: WriteItem, checksum: int, sequence: int) -> None:
-        """The item is durable. Stored even if its lease ended meanwhile: the bytes are right."""
+    def filled(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int], sequences: Sequence[int]) -> None:
+        """The items are durable. Stored even if their lease ended meanwhile: the bytes are right."""
         shelf = lease.shelf
-        item.step("done")
-        shelf.store(item, checksum, sequence)
-        self.reserved_bytes -= shelf.geometry.slot_bytes
-        if not lease.ended:
-            self._keep(lease, item.slot)
-        self._metrics.writes += 1
-        self._metrics.written_bytes += shelf.geometry.payload_bytes
-        self._metrics.disk_written_bytes += shelf.geometry.slot_bytes
+        for item, checksum, sequence in zip(items, checksums, sequences, strict=True):
+            item.step("done")
+            shelf.store(item, checksum, sequence, lease.tenant, lease.written_s + lease.keep_s)
+            if not lease.ended:
+                self._keep(lease, item.slot)
+        self.reserved_bytes -= len(items) * shelf.geometry.slot_bytes
+        self._metrics.writes += len(items)
+        self._metrics.written_bytes += len(items) * shelf.geometry.payload_bytes
+        self._metrics.disk_written_bytes += len(items) * shelf.geometry.slot_bytes
 
-    def given_up(self, shelf: Shelf, item: WriteItem, event: str, *, failed: bool = False) -> None:
-        """The item will not be filled: `event` is "close" or "fail"."""
-        item.step(event)
-        shelf.give_back(item, failed=failed)
-        self.reserved_bytes -= shelf.geometry.slot_bytes
+    def given_up(self, lease: WriteLease, items: Sequence[WriteItem], event: str, *, failed: bool = False) -> None:
+        """The items will not be filled: `event` is "close" or "fail"."""
+        for item in items:
+            item.step(event)
+            lease.shelf.give_back(item, lease.tenant, failed=failed)
+        self.reserved_bytes -= len(items) * lease.shelf.geometry.slot_bytes
 
     def end(self, lease: WriteLease) -> None:
         """Frees what was never begun and unpins; what is on its way is settled when it arrives."""
-        for item in lease.items:
-            if item is not None and item.state is WriteState.RESERVED:
-                self.given_up(lease.shelf, item, "close")
+        unbegun = [item for item in lease.items if item is not None and item.state is WriteState.RESERVED]
+        self.given_up(lease, unbegun, "close")
         for slot in lease.pins:
             lease.shelf.index.unpin(slot)
         lease.pins.clear()

@@ -150,16 +150,16 @@ class Shelf:
         self.index.remove(slot)
         self._gone(slot)
 
-    def store(self, item: WriteItem, checksum: int, sequence: int) -> None:
+    def store(self, item: WriteItem, checksum: int, sequence: int, tenant: int, expires_s: int) -> None:
         """The item's block is durable in its slot: visible from now on."""
         self._move(item.slot, SlotState.IN_FLIGHT, SlotState.STORED)
         del self.in_flight[item.key]
-        self.index.insert(item.slot, item.key, item.parent, checksum, sequence, item.tenant, item.expires_s)
+        self.index.insert(item.slot, item.key, item.parent, checksum, sequence, tenant, expires_s)
 
-    def give_back(self, item: WriteItem, *, failed: bool) -> None:
+    def give_back(self, item: WriteItem, tenant: int, *, failed: bool) -> None:
         """The item's slot will not be filled; after an I/O error it isn't used again."""
         del self.in_flight[item.key]
-        self.tenants.charge(item.tenant, -self.geometry.slot_bytes)
+        self.tenants.charge(tenant, -self.geometry.slot_bytes)
         self._vacate(item.slot, SlotState.IN_FLIGHT, usable=not failed)
 
     def condemn(self, slot: int) -> None:
