@@ -194,7 +194,10 @@ class KeyTable:
     def _enter(self, tag: int, slot: int) -> None:
         entries = self._entries.view
         at = tag * self._places >> 32
-        while entries[at]:
+        while entry := entries[at]:
+            assert entry >> 32 != tag or not self._holds((entry & _U32) - 1, self.key(slot)), (
+                f"slot {slot}: the key is there already"
+            )
             at = at + 1 if at + 1 < self._places else 0
         entries[at] = tag << 32 | slot + 1
         self._count += 1
