@@ -4,7 +4,7 @@
 
 The sum, per slot: 32 bytes of key, 1.6 table entries of 8, checksum 4, sequence 8, pins 4, state 1, four links of
 4, two queue links of 4 and a queue number, last use 8. What the store holds beside (leases, buffers) doesn't grow with
-blocks. The index is filled one block after another, segment by segment, as a store fills up. Memory is what the process
+blocks. The index is filled a request (64 blocks, or a whole chain if shorter) at a time, as a store fills up. Memory is what the process
 grew by, so it holds whatever Python and numpy add. Lookups are of whole chains that are stored, in random order, and of
 chains of which nothing is stored; the dict is asked the same.
 
@@ -32,6 +32,7 @@ from services.kvstore.key_table import words
 
 KEY_BYTES = 32
 SEGMENT_SLOTS = 32_768  # 256 MiB of 4 KiB blocks with their header pages
+GROUP = 64  # blocks that are put in, or evicted, together
 ROOT = b"r" * KEY_BYTES
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -51,11 +52,17 @@ def fill(index: Index, chains: int, length: int) -> None:
     slot = 0
     for seed in range(chains):
         keys = chain_keys(seed, length)
-        for key, parent in zip(keys, [ROOT, *keys], strict=False):
-            if slot % SEGMENT_SLOTS == 0:
-                index.grow(slot + SEGMENT_SLOTS)
-            index.insert(slot, key, parent, slot, slot)
-            slot += 1
+        for first in range(0, length, GROUP):
+            group = keys[first : first + GROUP]
+            slots = range(slot, slot + len(group))
+            index.grow(grown(slots.stop))
+            index.insert_many(slots, group, [keys[first - 1] if first else ROOT, *group[:-1]], slots, slots)
+            slot = slots.stop
+
+
+def grown(slots: int) -> int:
+    """`slots` in whole segments."""
+    return -(-slots // SEGMENT_SLOTS) * SEGMENT_SLOTS
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -81,7 +88,8 @@ def measure(blocks: int, length: int, rounds: int) -> dict[str, float]:
     times = [seconds(partial(list, map(plain.get, keys))) for keys in some_chains(chains, length, rounds)]
     out["dict_lookup_us_p50"] = statistics.median(times) * 1e6
     plain.clear()
-    out["evict_us"] = seconds(lambda: [index.evict() for _ in range(blocks // 10)]) / (blocks // 10) * 1e6
+    groups = max(1, blocks // 10 // GROUP)
+    out["evict_us"] = seconds(lambda: [index.evict_many(GROUP) for _ in range(groups)]) / (groups * GROUP) * 1e6
     return out | restore(chains, length)
 
 

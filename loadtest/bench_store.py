@@ -11,7 +11,8 @@ what they sustain that is compared. `--ramp-s 0` compares bursts.
 - `read`: random blocks, `depth` at the kernel, more queued behind, each verified and in the caller's memory.
 - `read_closed`: `depth` requests of a block each, the next when one has ended: latencies are of these (loadtest/store/local.py).
 - `write`: durable, from the store's buffers. fio syncs (fdatasync) after every 8 MiB; the store answers each request of
-  8 MiB when a sync that began after its writes has ended, so requests may share one. Both overwrite. The store
+  8 MiB when a sync that began after its writes has ended, so requests may share one. Both overwrite, in order: the store writes
+  up to 1 MiB of neighbouring slots at once, so that at the same depth more is on its way where blocks are smaller. The store
   reserves, evicts, and checksums the chunks; the bytes have come and their checksum is known.
 - `service_write`: the same from another process' memory, over gRPC and shm: copied and checksummed on the way.
 - `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only, which

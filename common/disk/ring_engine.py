@@ -205,7 +205,7 @@ class RingEngine:
             if self._ring.completed:
                 self._take_in()
             flight, error = self._arrived.popleft()
-            checked += flight.done
+            checked += flight.done if flight.transfer.check is not None else 0
             outcome: int | BaseException
             try:
                 outcome = error if error is not None else flight.transfer.finished()

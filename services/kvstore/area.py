@@ -32,10 +32,10 @@ class StoreArea:
     async def commit(
         self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
     ) -> list[PartStatus]:
-        return await self.writes.commit(buffers, checksums)
+        return await self.writes.commit(token, parts, checksums)
 
     def abort(self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview]) -> None:
-        self.writes.abort(buffers)
+        self.writes.abort(token, parts)
 
     async def settle(self) -> None:
         """Waits for commits under way."""

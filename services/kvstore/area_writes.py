@@ -10,17 +10,16 @@ import errno
 from collections.abc import Sequence
 
 from common.disk.buffers import BufferPool
-from common.disk.pages import address
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
 from services.kvstore.chunks import encode_table
 from services.kvstore.leases import WriteLease
-from services.kvstore.record import PAGE_BYTES, SlotHeader, encode_slot
-from services.kvstore.shelf import Shelf
+from services.kvstore.record import PAGE_BYTES
+from services.kvstore.slot_pages import SlotPages
 from services.kvstore.store import Store
 from services.kvstore.write_item import WriteItem, WriteState
-from services.kvstore.writer import Outcome, SlotWrite
+from services.kvstore.writer import Seal, SlotWrite
 
 log = Log("writes")
 
@@ -32,7 +31,7 @@ class Writes:
         self.buffers = BufferPool(buffer_bytes)
         self._store = store
         self._metrics = store.metrics
-        self._filling: dict[int, tuple[WriteLease, WriteItem]] = {}  # by address of the payload's place
+        self._filling: dict[tuple[LeaseToken, int], tuple[WriteLease, WriteItem]] = {}  # by item of a lease
         self._commits: set[asyncio.Task[list[PartStatus]]] = set()
 
     def places(self, token: LeaseToken, parts: Sequence[Part]) -> list[memoryview | PartStatus]:
@@ -41,9 +40,9 @@ class Writes:
         if not isinstance(lease, WriteLease):
             self._metrics.rejected_parts += len(parts)
             return [PartStatus.REJECTED] * len(parts)
-        return [self._write_buffer(lease, part) for part in parts]
+        return [self._place(token, lease, part) for part in parts]
 
-    def _write_buffer(self, lease: WriteLease, part: Part) -> memoryview | PartStatus:
+    def _place(self, token: LeaseToken, lease: WriteLease, part: Part) -> memoryview | PartStatus:
         geometry = lease.shelf.geometry
         item = lease.items[part.item] if 0 <= part.item < len(lease.items) else None
         whole = part.offset == 0 and part.length == geometry.payload_bytes
@@ -55,23 +54,23 @@ class Writes:
             return PartStatus.FULL
         item.image = image
         item.step("receive")
-        place = image[PAGE_BYTES : PAGE_BYTES + geometry.payload_bytes]
-        self._filling[address(place)] = (lease, item)
-        return place
+        self._filling[token, part.item] = lease, item
+        return image[PAGE_BYTES : PAGE_BYTES + geometry.payload_bytes]
 
-    async def commit(self, buffers: Sequence[memoryview], checksums: Sequence[int]) -> list[PartStatus]:
+    async def commit(self, token: LeaseToken, parts: Sequence[Part], checksums: Sequence[int]) -> list[PartStatus]:
         """As `Area.commit`. Goes on when the caller is cancelled."""
-        task = asyncio.create_task(self._commit(buffers, checksums))
+        filled = [self._filling.pop((token, part.item)) for part in parts]
+        task = asyncio.create_task(self._commit(filled, checksums))
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
         return await asyncio.shield(task)
 
-    def abort(self, buffers: Sequence[memoryview]) -> None:
+    def abort(self, token: LeaseToken, parts: Sequence[Part]) -> None:
         """As `Area.abort`."""
-        for buffer in buffers:
-            lease, item = self._filling.pop(address(buffer))
+        for part in parts:
+            lease, item = self._filling.pop((token, part.item))
             if lease.ended:
-                self._store.intake.given_up(lease.shelf, item, "close")
+                self._store.intake.given_up(lease, [item], "close")
             else:
                 item.step("abort")
             self._drop_image(item)
@@ -81,46 +80,76 @@ class Writes:
         while self._commits:
             await asyncio.wait(self._commits)
 
-    async def _commit(self, buffers: Sequence[memoryview], checksums: Sequence[int]) -> list[PartStatus]:
-        filled = [self._filling.pop(address(buffer)) for buffer in buffers]
-        statuses = [PartStatus.REJECTED] * len(filled)
-        writes: list[SlotWrite] = []
-        positions: list[int] = []
-        for i, ((lease, item), checksum) in enumerate(zip(filled, checksums, strict=True)):
-            if lease.ended:
-                self._store.intake.given_up(lease.shelf, item, "close")
-                self._drop_image(item)
-                continue
-            item.step("commit")
-            writes.append(_slot_write(lease.shelf, item, checksum))
-            positions.append(i)
-        with self._metrics.write_s.time():
-            outcomes = await self._store.write(writes)
-        for i, outcome in zip(positions, outcomes, strict=True):
-            lease, item = filled[i]
-            statuses[i] = self._settle_write(lease, item, checksums[i], outcome)
+    async def _commit(self, filled: Sequence[tuple[WriteLease, WriteItem]], checksums: Sequence[int]) -> list[PartStatus]:
+        if not filled:
+            return []
+        lease, items = filled[0][0], [item for _, item in filled]
+        if lease.ended:
+            self._store.intake.given_up(lease, items, "close")
+            statuses = [PartStatus.REJECTED] * len(items)
+        else:
+            for item in items:
+                item.step("commit")
+            with self._metrics.write_s.time():
+                statuses = await self._write(lease, items, checksums)
+        for item in items:
             self._drop_image(item)
         return statuses
 
-    def _settle_write(self, lease: WriteLease, item: WriteItem, checksum: int, outcome: Outcome) -> PartStatus:
-        if outcome.error is None:
-            self._store.intake.filled(lease, item, checksum, outcome.sequence)
-            return PartStatus.OK
-        full = isinstance(outcome.error, Overloaded) or (
-            isinstance(outcome.error, OSError) and outcome.error.errno in (errno.ENOSPC, errno.EDQUOT)
+    async def _write(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int]) -> list[PartStatus]:
+        """Writes a group and settles its items."""
+        writes = [SlotWrite(*lease.shelf.place(item.slot), _image(item)) for item in items]
+        written = await self._store.write(writes, self._seal(lease, items, checksums, writes))
+        failed = written.failed
+        good = [place for place in range(len(items)) if place not in failed] if failed else range(len(items))
+        self._store.intake.filled(
+            lease, [items[i] for i in good], [checksums[i] for i in good], [written.sequences[i] for i in good]
         )
-        self._store.intake.given_up(lease.shelf, item, "fail", failed=not full)
-        log.warning("write_failed", key=item.key.hex(), reason=str(outcome.error))
+        statuses = [PartStatus.OK] * len(items)
+        for place, error in failed.items():
+            statuses[place] = self._failed(lease, items[place], error)
+        return statuses
+
+    def _seal(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int], writes: Sequence[SlotWrite]) -> Seal:
+        """Makes the headers of a group, as far as they are known without the numbers, and clears what pads the payloads."""
+        shelf, images = lease.shelf, [write.image for write in writes]
+        end = PAGE_BYTES + shelf.geometry.payload_bytes
+        pages = SlotPages(
+            [item.key for item in items],
+            [item.parent for item in items],
+            checksums,
+            [(write.segment.number, write.slot) for write in writes],
+            namespace=shelf.namespace_bytes,
+            payload_bytes=shelf.geometry.payload_bytes,
+            tenant=shelf.tenants.digest(lease.tenant),
+            written_s=lease.written_s,
+            keep_s=lease.keep_s,
+        )
+        padding = bytes(shelf.geometry.slot_bytes - end)
+        for place, image in enumerate(images):
+            if table := encode_table(image[PAGE_BYTES:end]):
+                pages.put_table(place, table)
+            if padding:
+                image[end:] = padding
+
+        def seal(places: Sequence[int], sequences: Sequence[int]) -> None:
+            pages.seal(places, sequences, [images[place] for place in places])
+
+        return seal
+
+    def _failed(self, lease: WriteLease, item: WriteItem, error: BaseException) -> PartStatus:
+        full = isinstance(error, Overloaded) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        self._store.intake.given_up(lease, [item], "fail", failed=not full)
+        log.warning("write_failed", key=item.key.hex(), reason=str(error))
         if full:
             self._metrics.dropped_writes += 1
             return PartStatus.FULL
         self._metrics.failed_writes += 1
-        self._store.watch.failed_on(lease.shelf.place(item.slot)[0], outcome.error)
+        self._store.watch.failed_on(lease.shelf.place(item.slot)[0], error)
         return PartStatus.FAILED
 
     def _drop_image(self, item: WriteItem) -> None:
-        assert item.image is not None
-        self.buffers.give_back(item.image)
+        self.buffers.give_back(_image(item))
         item.image = None
 
     def check_integrity(self) -> list[str]:
@@ -131,29 +160,6 @@ class Writes:
         return []
 
 
-def _slot_write(shelf: Shelf, item: WriteItem, checksum: int) -> SlotWrite:
-    segment, within = shelf.place(item.slot)
-    image = item.image
-    assert image is not None
-    length = shelf.geometry.payload_bytes
-    tenant = shelf.tenants.digest(item.tenant)
-    chunk_table = encode_table(image[PAGE_BYTES : PAGE_BYTES + length])
-
-    def seal(sequence: int) -> None:
-        header = SlotHeader(
-            shelf.namespace_bytes,
-            item.key,
-            item.parent,
-            sequence,
-            length,
-            checksum,
-            within,
-            segment.number,
-            tenant,
-            item.written_s,
-            item.keep_s,
-        )
-        image[:PAGE_BYTES] = encode_slot(header, chunk_table)
-        image[PAGE_BYTES + length :] = bytes(len(image) - PAGE_BYTES - length)
-
-    return SlotWrite(segment, within, image, seal)
+def _image(item: WriteItem) -> memoryview:
+    assert item.image is not None
+    return item.image

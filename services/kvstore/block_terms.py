@@ -26,13 +26,15 @@ class BlockTerms:
         self._expires_s.grow(slots)
         self._tenants.grow(slots)
 
-    def put(self, slot: int, tenant: int, expires_s: int) -> None:
-        """The terms of a block that came."""
-        self._tenants.view[slot] = tenant
-        self._set_expiry(slot, expires_s)
+    def put_many(self, slots: Slots, tenant: int, expires_s: int) -> None:
+        """The terms of blocks that came together."""
+        self._tenants.array[slots] = tenant
+        self._expires_s.array[slots] = expires_s
+        if expires_s:
+            self.next_expiry_s = min(self.next_expiry_s, expires_s)
 
     def put_all(self, slots: Slots, tenants: Numbers | int, expires_s: Numbers) -> None:
-        """`put` of many."""
+        """The terms of many."""
         self._tenants.array[slots] = tenants
         self._expires_s.array[slots] = expires_s
         if expires_s.any():

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from services.kvstore.record import PAGE_BYTES, SLOT_MAGIC, VERSION, Geometry
+from services.kvstore.record import SLOT_MAGIC, VERSION, Geometry
+from services.kvstore.slot_pages import CRC_OFFSET, PAGE
 
 Entries = npt.NDArray[np.void]  # rows of ENTRY
 TENANT_BYTES = 16
@@ -30,21 +31,6 @@ ENTRY = np.dtype(
         ("flags", "<u4"),
     ]
 )
-
-# The slot page of record.py and docs/formats.md; SlotHeader is the same for a single one.
-_PAGE = np.dtype(
-    {
-        "names": [
-            "magic", "version", "flags", "namespace", "key", "parent", "sequence", "payload_bytes", "checksum", "slot", "segment",
-            "tenant", "written_s", "keep_s", "crc32c",
-        ],
-        "formats": [
-            "V8", "<u4", "<u4", "V32", ("<u8", (4,)), ("<u8", (4,)), "<u8", "<u4", "<u4", "<u4", "<u4", "V16", "<u8", "<u4", "<u4",
-        ],
-        "offsets": [0, 8, 12, 16, 48, 80, 112, 120, 124, 128, 132, 4032, 4048, 4056, PAGE_BYTES - 4],
-        "itemsize": PAGE_BYTES,
-    }
-)  # fmt: skip
 
 
 class Verdict(IntEnum):
@@ -76,11 +62,11 @@ class HeaderPages(msgspec.Struct, frozen=True):
 
     @property
     def rows(self) -> npt.NDArray[np.void]:
-        return np.ndarray(len(self.memory) // self.stride, _PAGE, self.memory, strides=(self.stride,))
+        return np.ndarray(len(self.memory) // self.stride, PAGE, self.memory, strides=(self.stride,))
 
     def checksums(self, which: npt.NDArray[np.intp]) -> npt.NDArray[np.uint32]:
         """Of these pages, without the checksum that each ends in."""
-        pages = np.frombuffer(self.memory, np.uint8).reshape(-1, self.stride)[:, : PAGE_BYTES - 4]
+        pages = np.frombuffer(self.memory, np.uint8).reshape(-1, self.stride)[:, :CRC_OFFSET]
         return np.fromiter((google_crc32c.value(pages[i]) for i in which.tolist()), np.uint32, len(which))
 
 

@@ -54,6 +54,9 @@ class Forest:
         parent = self._parent.view[slot]
         return self._key[_HEAD - parent] if parent <= _HEAD else None
 
+    def has_place(self, slot: int) -> bool:
+        return self._parent.view[slot] != NONE
+
     def is_leaf(self, slot: int) -> bool:
         return self._first_child.view[slot] == NONE
 

@@ -1,7 +1,7 @@
 """Slots with nothing in them, by disk, so that a chain's consecutive blocks can go to different disks."""
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 
 class FreeSlots:
@@ -25,7 +25,26 @@ class FreeSlots:
     def add(self, slot: int) -> None:
         self._by_disk.setdefault(self._disk_of(slot), array("i")).append(slot)
 
-    def take(self, disk: int) -> int | None:
+    def take(self, disks: Sequence[int]) -> list[int]:
+        """A slot on each of these disks, or on the next that has one; fewer when there are no more.
+
+        What one disk gives is in order, so that slots that lie one after the other go to blocks that do.
+        """
+        wanted: dict[int, list[int]] = {}
+        for place, disk in enumerate(disks):
+            wanted.setdefault(disk, []).append(place)
+        taken: dict[int, int] = {}
+        for disk, places in wanted.items():
+            free = self._by_disk.get(disk, array("i"))
+            start = max(0, len(free) - len(places))
+            taken.update(zip(places, sorted(free[start:]), strict=False))
+            del free[start:]
+        for place, disk in enumerate(disks):
+            if place not in taken and (slot := self._take_beside(disk)) is not None:
+                taken[place] = slot
+        return [taken[place] for place in sorted(taken)]
+
+    def _take_beside(self, disk: int) -> int | None:
         """A slot on `disk`, or on the next disk that has one; None when there is none at all."""
         slots = self._by_disk.get(disk)
         if slots:

@@ -63,6 +63,10 @@ class Index:
     def find(self, key: bytes) -> int | None:
         return self._table.find(key)
 
+    def find_all(self, keys: Sequence[bytes]) -> Slots:
+        """The slot of each key, NONE where there is none."""
+        return self._table.find_all(words(b"".join(keys)))
+
     def key(self, slot: int) -> bytes | None:
         """The block in a slot; None when there is none."""
         return self._table.key(slot) if self._held.view[slot] else None
@@ -108,20 +112,46 @@ class Index:
         self, slot: int, key: bytes, parent_key: bytes, checksum: int, sequence: int, tenant: int = 0, expires_s: int = 0
     ) -> None:
         """A block is stored in a slot that was free. Links it, and adopts chain heads that name it."""
-        assert self._table.find(key) is None and not self._held.view[slot]
-        self._hold(slot, key, checksum, sequence)
-        self.terms.put(slot, tenant, expires_s)
-        parent = self._table.find(parent_key) if parent_key != key else None
-        if parent is None:
+        self.insert_many([slot], [key], [parent_key], [checksum], [sequence], tenant, expires_s)
+
+    def insert_many(
+        self,
+        slots: Sequence[int],
+        keys: Sequence[bytes],
+        parent_keys: Sequence[bytes],
+        checksums: Sequence[int],
+        sequences: Sequence[int],
+        tenant: int = 0,
+        expires_s: int = 0,
+    ) -> None:
+        """`insert` of a group, all different, one use."""
+        at, packed = np.array(slots, np.int32), words(b"".join(keys))
+        assert not self._held.array[at].any()
+        self._table.put_many(at, packed)
+        self._held.array[at] = True
+        self._checksums.array[at] = checksums
+        self._sequences.array[at] = sequences
+        self.terms.put_many(at, tenant, expires_s)
+        tick = next(self._ticks)
+        slot_before, key_before = None, b""
+        for slot, key, parent_key in zip(slots, keys, parent_keys, strict=True):
+            parent = slot_before if parent_key == key_before else self._table.find(parent_key)
+            self._hang(slot, key, parent, parent_key)
+            self._policy.insert(slot, self._forest.parent(slot), tick)
+            slot_before, key_before = slot, key
+        for slot in slots:
+            if self._evictable(slot):
+                self._policy.offer(slot)
+
+    def _hang(self, slot: int, key: bytes, parent: int | None, parent_key: bytes) -> None:
+        """Gives a new block its place, and what has waited for it. Its parent may be of its group, and have no place yet."""
+        if parent is None or not self._forest.has_place(parent):
             self._forest.hang_head(slot, parent_key)
         else:
             if self._policy.on_offer(parent):
                 self._policy.withdraw(parent)
             self._forest.hang(slot, parent)
         self._forest.adopt(slot, key)
-        self._policy.insert(slot, parent, next(self._ticks))
-        if self._evictable(slot):
-            self._policy.offer(slot)
 
     def insert_all(self, slots: Slots, entries: Entries, tenants: Numbers | int = 0) -> None:
         """At start: `insert` of many blocks, all different, into an empty index."""
@@ -165,6 +195,21 @@ class Index:
         if self._policy.on_offer(slot):
             self._policy.withdraw(slot)
 
+    def pin_all(self, slots: Sequence[int]) -> None:
+        """`pin` of slots that are about to hold a block, all different."""
+        at = np.array(slots, np.int32)
+        assert not self._held.array[at].any()
+        self._pins.array[at] += 1
+
+    def unpin_all(self, slots: Sequence[int]) -> None:
+        """`unpin` of many; of one as often as it is named."""
+        at = np.array(slots, np.int32)
+        assert self._pins.array[at].all()
+        np.subtract.at(self._pins.array, at, 1)
+        for slot in at[(self._pins.array[at] == 0) & self._forest.leaves(at)].tolist():
+            if self._held.view[slot] and not self._policy.on_offer(slot):
+                self._policy.offer(slot)
+
     def unpin(self, slot: int) -> None:
         assert self._pins.view[slot]
         self._pins.view[slot] -= 1
@@ -176,10 +221,18 @@ class Index:
 
     def evict(self) -> int | None:
         """Removes the block that may best go; its slot, or None when none may."""
-        slot = self._policy.victim()
-        if slot is not None:
-            self._evict(slot)
-        return slot
+        return next(iter(self.evict_many(1)), None)
+
+    def evict_many(self, count: int) -> list[int]:
+        """Removes up to `count` blocks, each the one that may best go by then; their slots."""
+        gone: list[int] = []
+        while len(gone) < count and (slot := self._policy.victim()) is not None:
+            self._withdraw(slot)
+            gone.append(slot)
+        slots = np.array(gone, np.int32)
+        self._table.remove_many(slots)
+        self._held.array[slots] = False
+        return gone
 
     def evictable(self, slot: int) -> bool:
         """Whether there is a block in the slot that may go: no other hangs on it, and no pin is on it."""
@@ -238,7 +291,17 @@ class Index:
 
     def _evict(self, slot: int) -> int | None:
         """Removes a block that is on offer; its parent's slot."""
-        _, parent = self._forget(slot)
+        parent = self._withdraw(slot)
+        self._table.remove(slot)
+        self._held.view[slot] = False
+        return parent
+
+    def _withdraw(self, slot: int) -> int | None:
+        """Takes a block that is on offer from its parent, which may go next; the parent's slot."""
+        parent = self._forest.parent(slot)
+        self._policy.withdraw(slot)
+        self._policy.remove(slot)
+        self._forest.take_down(slot)
         if parent is not None and self._evictable(parent):
             self._policy.expose(parent, slot)
         return parent
@@ -248,12 +311,6 @@ class Index:
         ticks = self._policy.ticks(slots)
         order = np.argsort(ticks, kind="stable")[:COLDEST_AT_ONCE][::-1]
         return list(zip(slots[order].tolist(), ticks[order].tolist(), strict=True))
-
-    def _hold(self, slot: int, key: bytes, checksum: int, sequence: int) -> None:
-        self._table.put(slot, key)
-        self._held.view[slot] = True
-        self._checksums.view[slot] = checksum
-        self._sequences.view[slot] = sequence
 
     def _forget(self, slot: int) -> tuple[bytes, int | None]:
         """Takes a block out; its key and its parent's slot."""

@@ -7,10 +7,12 @@
 Invariant: `reserved_bytes`, at most `reserved_bytes_max`, is the space of all blocks between 1 and 2.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 
 from common.blocks import KEY_BYTES
 from common.storage import Admission, BlockMeta
+from services.kvstore.column import NONE
 from services.kvstore.doorkeeper import Doorkeeper
 from services.kvstore.leases import WriteLease
 from services.kvstore.metrics import Metrics
@@ -32,88 +34,106 @@ class Intake:
 
     def room(self, shelf: Shelf, offers: Sequence[BlockMeta]) -> int:
         """How many of these blocks may need a slot."""
-        wanted = sum(shelf.index.find(offer.key) is None and offer.key not in shelf.in_flight for offer in offers)
+        keys = [offer.key for offer in offers if len(offer.key) == KEY_BYTES and offer.key not in shelf.in_flight]
+        wanted = int((shelf.index.find_all(keys) == NONE).sum())
         return min(wanted, max(0, self._reserved_bytes_max - self.reserved_bytes) // shelf.geometry.slot_bytes)
 
     def admit(self, lease: WriteLease, offers: Sequence[BlockMeta]) -> list[Admission]:
         """One admission per block; what is accepted has a slot, an item of the lease, and its parent pinned."""
-        admissions: list[Admission] = []
+        shelf = lease.shelf
+        admissions = self._choose(lease, offers)
+        chosen = [i for i, admission in enumerate(admissions) if admission is Admission.ACCEPTED]
+        slots = self._space.take(shelf, [offers[i] for i in chosen], lease.tenant) if chosen else []
+        lease.items.extend([None] * len(offers))
+        for i, slot in zip(chosen, slots, strict=False):
+            offer = offers[i]
+            lease.items[i] = shelf.in_flight[offer.key] = WriteItem(slot, offer.key, offer.parent)
+        taken_bytes = len(slots) * shelf.geometry.slot_bytes
+        shelf.tenants.charge(lease.tenant, taken_bytes)
+        self.reserved_bytes += taken_bytes
+        unplaced = {offers[i].key for i in chosen[len(slots) :]}
+        if unplaced:
+            admissions = [
+                Admission.DROPPED if offer.key in unplaced else was for offer, was in zip(offers, admissions, strict=True)
+            ]
+        counts = Counter(admissions)
+        self._metrics.dropped_writes += counts[Admission.DROPPED]
+        self._metrics.present_writes += counts[Admission.PRESENT] + counts[Admission.IN_FLIGHT]
+        return admissions
+
+    def _choose(self, lease: WriteLease, offers: Sequence[BlockMeta]) -> list[Admission]:
+        """One admission per block, as if there were slots enough; pins what is stored and what others will hang on."""
+        shelf, admissions = lease.shelf, []
+        length, slot_bytes = shelf.geometry.payload_bytes, shelf.geometry.slot_bytes
+        sound = [len(offer.key) == len(offer.parent) == KEY_BYTES and offer.key != offer.parent for offer in offers]
+        stored = iter(shelf.index.find_all([offer.key for offer, good in zip(offers, sound, strict=True) if good]).tolist())
+        room = (self._reserved_bytes_max - self.reserved_bytes) // slot_bytes
+        chosen: set[bytes] = set()
         dropped: set[bytes] = set()
-        for offer in offers:
-            admission, item = self._admit(lease, offer, dropped)
+        for offer, good in zip(offers, sound, strict=True):
+            slot = next(stored) if good else NONE
+            admission = Admission.ACCEPTED
+            if not good or offer.length != length:
+                admission = Admission.INVALID
+            elif slot != NONE:
+                self._keep(lease, slot)
+                shelf.index.terms.keep_until(slot, lease.written_s + lease.keep_s)
+                admission = Admission.PRESENT
+            elif offer.key in shelf.in_flight or offer.key in chosen:
+                admission = Admission.IN_FLIGHT
+            elif not self._welcome(shelf, offer, chosen):
+                self._metrics.first_touches += 1
+                admission = Admission.DROPPED
+            elif offer.parent in dropped or len(chosen) >= room:
+                admission = Admission.DROPPED
+            else:
+                chosen.add(offer.key)
+                if offer.parent not in chosen and (parent := shelf.index.find(offer.parent)) is not None:
+                    self._keep(lease, parent)
             if admission is Admission.DROPPED:
                 dropped.add(offer.key)
             admissions.append(admission)
-            lease.items.append(item)
-        self._metrics.dropped_writes += admissions.count(Admission.DROPPED)
-        self._metrics.present_writes += admissions.count(Admission.PRESENT) + admissions.count(Admission.IN_FLIGHT)
         return admissions
 
-    def _admit(self, lease: WriteLease, offer: BlockMeta, dropped: set[bytes]) -> tuple[Admission, WriteItem | None]:
-        shelf = lease.shelf
-        malformed = len(offer.key) != KEY_BYTES or len(offer.parent) != KEY_BYTES or offer.key == offer.parent
-        if malformed or offer.length != shelf.geometry.payload_bytes:
-            return Admission.INVALID, None
-        stored = shelf.index.find(offer.key)
-        if stored is not None:
-            self._keep(lease, stored)
-            shelf.index.terms.keep_until(stored, lease.written_s + lease.keep_s)
-            return Admission.PRESENT, None
-        if offer.key in shelf.in_flight:
-            return Admission.IN_FLIGHT, None
-        if not self._welcome(shelf, offer):
-            self._metrics.first_touches += 1
-            return Admission.DROPPED, None
-        if offer.parent in dropped or self.reserved_bytes + shelf.geometry.slot_bytes > self._reserved_bytes_max:
-            return Admission.DROPPED, None
-        parent = shelf.index.find(offer.parent)
-        if parent is not None:
-            self._keep(lease, parent)
-        slot = self._space.take(shelf, offer.parent, lease.tenant)
-        if slot is None:
-            return Admission.DROPPED, None
-        item = WriteItem(slot, offer.key, offer.parent, lease.tenant, lease.written_s, lease.keep_s)
-        shelf.tenants.charge(lease.tenant, shelf.geometry.slot_bytes)
-        shelf.in_flight[offer.key] = item
-        self.reserved_bytes += shelf.geometry.slot_bytes
-        return Admission.ACCEPTED, item
-
-    def _welcome(self, shelf: Shelf, offer: BlockMeta) -> bool:
+    def _welcome(self, shelf: Shelf, offer: BlockMeta, chosen: Container[bytes]) -> bool:
         """Whether admission lets the block in: all, or those that knocked before, or go on where something was found."""
         if self._doorkeeper is None:
             return True
-        known = self._doorkeeper.knocked_before(offer.key)
+        if self._doorkeeper.knocked_before(offer.key) or offer.parent in chosen or offer.parent in shelf.in_flight:
+            return True
         parent = shelf.index.find(offer.parent)
-        return known or (parent is not None and shelf.index.proven(parent)) or offer.parent in shelf.in_flight
+        return parent is not None and shelf.index.proven(parent)
 
     def _keep(self, lease: WriteLease, slot: int) -> None:
         """Pins a block that what is being written hangs on."""
         lease.shelf.index.pin(slot)
         lease.pins.append(slot)
 
-    def filled(self, lease: WriteLease, item: WriteItem, checksum: int, sequence: int) -> None:
-        """The item is durable. Stored even if its lease ended meanwhile: the bytes are right."""
+    def filled(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int], sequences: Sequence[int]) -> None:
+        """The items are durable. Stored even if their lease ended meanwhile: the bytes are right."""
         shelf = lease.shelf
-        item.step("done")
-        shelf.store(item, checksum, sequence)
-        self.reserved_bytes -= shelf.geometry.slot_bytes
+        for item in items:
+            item.step("done")
         if not lease.ended:
-            self._keep(lease, item.slot)
-        self._metrics.writes += 1
-        self._metrics.written_bytes += shelf.geometry.payload_bytes
-        self._metrics.disk_written_bytes += shelf.geometry.slot_bytes
+            slots = [item.slot for item in items]
+            shelf.index.pin_all(slots)
+            lease.pins.extend(slots)
+        shelf.store(items, checksums, sequences, lease.tenant, lease.written_s + lease.keep_s)
+        self.reserved_bytes -= len(items) * shelf.geometry.slot_bytes
+        self._metrics.writes += len(items)
+        self._metrics.written_bytes += len(items) * shelf.geometry.payload_bytes
+        self._metrics.disk_written_bytes += len(items) * shelf.geometry.slot_bytes
 
-    def given_up(self, shelf: Shelf, item: WriteItem, event: str, *, failed: bool = False) -> None:
-        """The item will not be filled: `event` is "close" or "fail"."""
-        item.step(event)
-        shelf.give_back(item, failed=failed)
-        self.reserved_bytes -= shelf.geometry.slot_bytes
+    def given_up(self, lease: WriteLease, items: Sequence[WriteItem], event: str, *, failed: bool = False) -> None:
+        """The items will not be filled: `event` is "close" or "fail"."""
+        for item in items:
+            item.step(event)
+            lease.shelf.give_back(item, lease.tenant, failed=failed)
+        self.reserved_bytes -= len(items) * lease.shelf.geometry.slot_bytes
 
     def end(self, lease: WriteLease) -> None:
         """Frees what was never begun and unpins; what is on its way is settled when it arrives."""
-        for item in lease.items:
-            if item is not None and item.state is WriteState.RESERVED:
-                self.given_up(lease.shelf, item, "close")
-        for slot in lease.pins:
-            lease.shelf.index.unpin(slot)
+        unbegun = [item for item in lease.items if item is not None and item.state is WriteState.RESERVED]
+        self.given_up(lease, unbegun, "close")
+        lease.shelf.index.unpin_all(lease.pins)
         lease.pins.clear()

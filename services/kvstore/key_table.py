@@ -23,7 +23,7 @@ from services.kvstore.column import NONE, Column, Flags, Slots
 Words = npt.NDArray[np.uint64]  # [key, 4]
 PLACES_PER_SLOT = 1.6  # a key is found in 1.8 steps on average, and its absence in 3.9
 _WORDS = struct.Struct("<4Q")
-FEW_KEYS = 24  # one by one is quicker for what is left
+FEW_KEYS = 80  # one by one is quicker for what is left
 _U32 = 0xFFFF_FFFF
 _LOWER = np.uint64(_U32)
 _HALF = np.uint64(32)
@@ -83,7 +83,10 @@ class KeyTable:
     def find(self, key: bytes) -> int | None:
         if not self._count or len(key) != KEY_BYTES:
             return None
-        entries, tag = self._entries.view, self._tag(key)
+        return self._find(self._tag(key), key)
+
+    def _find(self, tag: int, key: bytes) -> int | None:
+        entries = self._entries.view
         at = tag * self._places >> 32
         while entry := entries[at]:
             if entry >> 32 == tag and self._holds(slot := (entry & _U32) - 1, key):
@@ -110,18 +113,21 @@ class KeyTable:
             going[same[right]] = False
             todo, tags, at = todo[going], tags[going], at[going] + 1
             at[at == places] = 0
-        for i in todo.tolist():
-            slot = self.find(sought[i].tobytes())
-            found[i] = NONE if slot is None else slot
+        packed = sought[todo].tobytes()
+        for i, (place, tag) in enumerate(zip(todo.tolist(), tags.tolist(), strict=True)):
+            slot = self._find(tag, packed[i * KEY_BYTES : (i + 1) * KEY_BYTES])
+            if slot is not None:
+                found[place] = slot
         return found
 
-    def put(self, slot: int, key: bytes) -> None:
-        """A key that the table doesn't have is now in a slot that holds none."""
-        self._key_bytes[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] = key
-        self._enter(self._tag(key), slot)
+    def put_many(self, slots: Slots, keys: Words) -> None:
+        """Keys that the table doesn't have, all different, are now in slots that hold none."""
+        self._rows[slots] = keys
+        for slot, tag in zip(slots.tolist(), self._tags(keys).tolist(), strict=True):
+            self._enter(tag, slot)
 
     def put_all(self, slots: Slots, keys: Words) -> None:
-        """`put` of many, all different."""
+        """`put_many` of so many that everything is entered anew."""
         held = self.slots()
         self._rows[slots] = keys
         self._entries.array[:] = 0
@@ -130,8 +136,15 @@ class KeyTable:
 
     def remove(self, slot: int) -> None:
         """The slot, which holds a key, holds none."""
+        self._leave(self._tag(self.key(slot)), slot)
+
+    def remove_many(self, slots: Slots) -> None:
+        """`remove` of some, all different."""
+        for slot, tag in zip(slots.tolist(), self._tags(self._rows[slots]).tolist(), strict=True):
+            self._leave(tag, slot)
+
+    def _leave(self, tag: int, slot: int) -> None:
         entries, places = self._entries.view, self._places
-        tag = self._tag(self.key(slot))
         wanted = tag << 32 | slot + 1
         hole = tag * places >> 32
         while entries[hole] != wanted:
@@ -181,7 +194,10 @@ class KeyTable:
     def _enter(self, tag: int, slot: int) -> None:
         entries = self._entries.view
         at = tag * self._places >> 32
-        while entries[at]:
+        while entry := entries[at]:
+            assert entry >> 32 != tag or not self._holds((entry & _U32) - 1, self.key(slot)), (
+                f"slot {slot}: the key is there already"
+            )
             at = at + 1 if at + 1 < self._places else 0
         entries[at] = tag << 32 | slot + 1
         self._count += 1

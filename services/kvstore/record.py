@@ -12,6 +12,7 @@ Invariants:
 
 import struct
 from enum import Enum, auto
+from functools import cached_property
 
 import msgspec
 
@@ -37,22 +38,22 @@ _CRC = struct.Struct("<I")
 _CRC_OFFSET = PAGE_BYTES - _CRC.size
 
 
-class Geometry(msgspec.Struct, frozen=True):
+class Geometry(msgspec.Struct, frozen=True, dict=True):
     """The sizes that all segments of a namespace share."""
 
     payload_bytes: int
     slots_per_segment: int
 
-    @property
+    @cached_property
     def padded_bytes(self) -> int:
         """The payload in whole pages."""
         return pages(self.payload_bytes)
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         return PAGE_BYTES + self.padded_bytes
 
-    @property
+    @cached_property
     def segment_bytes(self) -> int:
         return PAGE_BYTES + self.slots_per_segment * self.slot_bytes
 
@@ -137,26 +138,22 @@ def decode_segment(page: bytes | memoryview) -> SegmentHeader | Unreadable:
     return SegmentHeader(namespace, geometry, segment)
 
 
-def encode_slot(header: SlotHeader, chunk_table: bytes = b"") -> bytes:
-    """`chunk_table`: as chunks.py encodes it; readers that don't know of it see zeros or ignore it."""
+def encode_slot(header: SlotHeader) -> bytes:
+    """The page of one block without a chunk table; slot_pages.py makes those of a group."""
     assert len(header.key) == len(header.parent) == len(header.namespace) == KEY_BYTES
-    fields = (
-        _SLOT.pack(
-            SLOT_MAGIC,
-            VERSION,
-            0,
-            header.namespace,
-            header.key,
-            header.parent,
-            header.sequence,
-            header.payload_bytes,
-            header.payload_crc32c,
-            header.slot,
-            header.segment,
-        )
-        + chunk_table
+    fields = _SLOT.pack(
+        SLOT_MAGIC,
+        VERSION,
+        0,
+        header.namespace,
+        header.key,
+        header.parent,
+        header.sequence,
+        header.payload_bytes,
+        header.payload_crc32c,
+        header.slot,
+        header.segment,
     )
-    assert len(fields) <= _TERMS_OFFSET
     return _sealed(fields.ljust(_TERMS_OFFSET, b"\0") + _TERMS.pack(header.tenant, header.written_s, header.keep_s))
 
 

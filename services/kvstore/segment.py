@@ -3,7 +3,7 @@
 1. `create` writes a complete file under a temporary name and renames it: a segment either exists
    with all its bytes allocated, or doesn't.
 2. `open_segment` takes one that exists; what can't be written is served read-only.
-3. Slots are read, written and synced by an I/O engine: `payload_read`, `slot_write` and `sync_transfer` say how.
+3. Slots are read, written and synced by an I/O engine: `payload_read`, `slots_write` and `sync_transfer` say how.
 4. `read_header`, `read_own`, `erase`, `sync` block, for the scan and for repairs.
 
 Blocking calls raise `OSError`. With direct I/O every transfer is of aligned whole pages.
@@ -14,7 +14,7 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.disk.pages import HUGE_BYTES, address, aligned, huge
@@ -129,11 +129,12 @@ class Segment:
 
         return Transfer(Op.READ, self._fd, [into], self.payload_offset(slot) + start, check, self.disk)
 
-    def slot_write(self, slot: int, image: memoryview) -> Transfer:
-        """Writes header page and padded payload: an aligned buffer of `slot_bytes`."""
-        assert len(image) == self.geometry.slot_bytes
+    def slots_write(self, slot: int, images: Sequence[memoryview]) -> Transfer:
+        """Writes `slot` and those that follow, header page and padded payload each: aligned buffers of `slot_bytes`."""
+        assert all(len(image) == self.geometry.slot_bytes for image in images)
+        assert slot + len(images) <= self.geometry.slots_per_segment
         assert not self.checkpointed, f"{self.path} is written to under its checkpoint"
-        return Transfer(Op.WRITE, self._fd, [image], self.geometry.slot_offset(slot), device=self.disk)
+        return Transfer(Op.WRITE, self._fd, images, self.geometry.slot_offset(slot), device=self.disk)
 
     def sync_transfer(self) -> Transfer:
         """Makes durable what was written before."""

@@ -117,19 +117,18 @@ class Shelf:
             return self.in_flight[key].slot
         return slot
 
-    def take(self, disk: int) -> int | None:
-        """A free slot to write into, on `disk` if there is one; None when there is none at all."""
-        slot = self._free.take(disk)
-        if slot is not None:
-            self._move(slot, SlotState.FREE, SlotState.IN_FLIGHT)
-        return slot
+    def take(self, disks: Sequence[int]) -> list[int]:
+        """Free slots to write into, one on each of `disks` if there is one; fewer when there are no more."""
+        slots = self._free.take(disks)
+        self._move_all(slots, SlotState.FREE, SlotState.IN_FLIGHT)
+        return slots
 
-    def evict(self) -> int | None:
-        """Frees the slot of the block that may best go; None when none may."""
-        slot = self.index.evict()
-        if slot is not None:
+    def evict(self, count: int = 1) -> int:
+        """Frees the slots of up to `count` blocks, each the one that may best go by then; how many."""
+        gone = self.index.evict_many(count)
+        for slot in gone:
             self._gone(slot)
-        return slot
+        return len(gone)
 
     def evict_of(self, tenant: int) -> int | None:
         """`evict`, of one tenant's blocks."""
@@ -150,16 +149,20 @@ class Shelf:
         self.index.remove(slot)
         self._gone(slot)
 
-    def store(self, item: WriteItem, checksum: int, sequence: int) -> None:
-        """The item's block is durable in its slot: visible from now on."""
-        self._move(item.slot, SlotState.IN_FLIGHT, SlotState.STORED)
-        del self.in_flight[item.key]
-        self.index.insert(item.slot, item.key, item.parent, checksum, sequence, item.tenant, item.expires_s)
+    def store(
+        self, items: Sequence[WriteItem], checksums: Sequence[int], sequences: Sequence[int], tenant: int, expires_s: int
+    ) -> None:
+        """The items' blocks are durable in their slots: visible from now on."""
+        slots, keys = [item.slot for item in items], [item.key for item in items]
+        self._move_all(slots, SlotState.IN_FLIGHT, SlotState.STORED)
+        for key in keys:
+            del self.in_flight[key]
+        self.index.insert_many(slots, keys, [item.parent for item in items], checksums, sequences, tenant, expires_s)
 
-    def give_back(self, item: WriteItem, *, failed: bool) -> None:
+    def give_back(self, item: WriteItem, tenant: int, *, failed: bool) -> None:
         """The item's slot will not be filled; after an I/O error it isn't used again."""
         del self.in_flight[item.key]
-        self.tenants.charge(item.tenant, -self.geometry.slot_bytes)
+        self.tenants.charge(tenant, -self.geometry.slot_bytes)
         self._vacate(item.slot, SlotState.IN_FLIGHT, usable=not failed)
 
     def condemn(self, slot: int) -> None:
@@ -256,6 +259,12 @@ class Shelf:
         self._move(slot, old, SlotState.FREE if usable else SlotState.RETIRED)
         if usable:
             self._free.add(slot)
+
+    def _move_all(self, slots: Sequence[int], old: SlotState, new: SlotState) -> None:
+        states = np.frombuffer(self._state, np.uint8)
+        at = np.array(slots, np.int32)
+        assert (states[at] == old).all(), f"of the slots {slots} some are not {old.name}"
+        states[at] = new
 
     def _move(self, slot: int, old: SlotState, new: SlotState) -> None:
         assert self._state[slot] == old, f"slot {slot} is {SlotState(self._state[slot]).name}, not {old.name}"

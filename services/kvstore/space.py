@@ -16,10 +16,11 @@ Invariants:
 import asyncio
 import itertools
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.blocks import Namespace
 from common.logs import Log
+from common.storage import BlockMeta
 from services.kvstore.checkpoint import footprint_bytes, slots_that_fit
 from services.kvstore.disk import OWN_FILES_BYTES, Disk, DiskState
 from services.kvstore.eviction import NewcomersFirst
@@ -36,6 +37,13 @@ log = Log("space")
 COMPARE_PAUSE_S = 5.0  # comparing namespaces looks at every block of the others
 PATIENCE_S = 1.0  # making a segment takes milliseconds
 SEGMENTS_PER_BUDGET = 8  # a segment is at most this fraction, so that namespaces can share a small budget
+
+
+class Heat(NamedTuple):
+    """How hot a segment is: by the hottest block that would go with it, descendants elsewhere included, then by their number."""
+
+    tick: int
+    blocks: int
 
 
 class Space:
@@ -144,24 +152,31 @@ class Space:
                 return disk
         return None
 
-    def take(self, shelf: Shelf, parent: bytes, tenant: int = 0) -> int | None:
-        """A slot to write into, evicting if need be, of the tenant's own if it is at its quota; None: there is no space."""
-        while self.tenants.over_quota(tenant, shelf.geometry.slot_bytes):
-            if shelf.evict_of(tenant) is None:
-                return None
-            self._metrics.quota_evictions += 1
-        disk = self._disk_after(shelf, parent)
-        slot = shelf.take(disk)
-        if slot is None and shelf.evict() is not None:
-            self._metrics.evictions += 1
-            slot = shelf.take(disk)
-        return slot
+    def take(self, shelf: Shelf, offers: Sequence[BlockMeta], tenant: int = 0) -> list[int]:
+        """Slots for blocks, evicting if need be, of the tenant's own if it is at its quota; fewer when there is no space."""
+        count, slot_bytes = len(offers), shelf.geometry.slot_bytes
+        while self.tenants.over_quota(tenant, count * slot_bytes):
+            if shelf.evict_of(tenant) is not None:
+                self._metrics.quota_evictions += 1
+            else:
+                count -= 1
+                if not count:
+                    return []
+        self._metrics.evictions += shelf.evict(max(0, count - shelf.free_slots))
+        return shelf.take(self._disks_for(shelf, offers[:count]))
 
-    def _disk_after(self, shelf: Shelf, parent: bytes) -> int:
-        """Where a block should lie: on the disk after its parent's; first blocks go in turn."""
-        beside = shelf.slot_of(parent)
-        after = next(self._chains) if beside is None else shelf.place(beside)[0].disk + 1
-        return after % len(self.disks)
+    def _disks_for(self, shelf: Shelf, offers: Sequence[BlockMeta]) -> list[int]:
+        """Where blocks should lie: each on the disk after its parent's; first blocks go in turn."""
+        if len(self.disks) == 1:
+            return [0] * len(offers)
+        disk_of: dict[bytes, int] = {}
+        for offer in offers:
+            before = disk_of.get(offer.parent)
+            if before is None:
+                beside = shelf.slot_of(offer.parent)
+                before = next(self._chains) - 1 if beside is None else shelf.place(beside)[0].disk
+            disk_of[offer.key] = (before + 1) % len(self.disks)
+        return [disk_of[offer.key] for offer in offers]
 
     def fit_budget(self) -> None:
         """At start: drops the coldest segments until every disk's budget is met. Blocking."""
@@ -259,7 +274,7 @@ class Space:
         if not others or (own is not None and self._clock() < self._compare_again_s):
             return False
         chosen = self._coldest_segment(others)
-        if chosen is None or (own is not None and chosen[2] >= own):
+        if chosen is None or (own is not None and chosen[2].tick >= own):
             self._compare_again_s = self._clock() + COMPARE_PAUSE_S
             return False
         other, position, _ = chosen
@@ -267,9 +282,9 @@ class Space:
         log.event("segment_taken", path=str(segment.path), by=shelf.namespace)
         return await self._patiently(self._begin(shelf, self.segment_files.remove(segment)))
 
-    def _coldest_segment(self, shelves: list[Shelf], disk: Disk | None = None) -> tuple[Shelf, int, int] | None:
-        """The segment (of one disk) whose hottest block, descendants elsewhere included, is coldest; its position and heat."""
-        best: tuple[Shelf, int, int] | None = None
+    def _coldest_segment(self, shelves: list[Shelf], disk: Disk | None = None) -> tuple[Shelf, int, Heat] | None:
+        """The coldest segment (of one disk); its position and heat."""
+        best: tuple[Shelf, int, Heat] | None = None
         for shelf in shelves:
             for position, segment in shelf.segments.items():
                 if self.disks[segment.disk].state is not DiskState.SERVING or disk not in (None, self.disks[segment.disk]):
@@ -301,13 +316,11 @@ def _stored(shelf: Shelf, position: int) -> list[int]:
     return [slot for slot in shelf.segment_slots(position) if shelf.state(slot) is SlotState.STORED]
 
 
-def _heat(shelf: Shelf, position: int) -> int | None:
-    """Latest use of anything that would go with this segment; None when something may not go."""
+def _heat(shelf: Shelf, position: int) -> Heat | None:
+    """None when something may not go."""
     if any(shelf.state(slot) in (SlotState.IN_FLIGHT, SlotState.ERASING) for slot in shelf.segment_slots(position)):
         return None
-    heat = 0
-    for slot in shelf.index.subtree(_stored(shelf, position)):
-        if shelf.index.pinned(slot):
-            return None
-        heat = max(heat, shelf.policy.tick(slot))
-    return heat
+    going = shelf.index.subtree(_stored(shelf, position))
+    if any(shelf.index.pinned(slot) for slot in going):
+        return None
+    return Heat(max(map(shelf.policy.tick, going), default=0), len(going))

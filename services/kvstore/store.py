@@ -46,7 +46,7 @@ from services.kvstore.scan import WINDOW, scan
 from services.kvstore.space import Space
 from services.kvstore.store_time import StoreTime
 from services.kvstore.tenants import Tenants, digest
-from services.kvstore.writer import Outcome, SlotWrite, Writer
+from services.kvstore.writer import Seal, SlotWrite, Writer, Written
 
 log = Log("store")
 EPOCH_BYTES = 16
@@ -218,15 +218,15 @@ class Store:
             raise
         return Reserved(admissions, token, granted_s)
 
-    async def write(self, writes: Sequence[SlotWrite]) -> list[Outcome]:
-        """Durable writes of slots that leases own; one outcome each."""
-        refused = await self.checkpoints.open_for_writing({write.segment for write in writes})
-        writing = asyncio.create_task(self.writer.write([write for write in writes if write.segment not in refused]))
+    async def write(self, writes: Sequence[SlotWrite], seal: Seal) -> Written:
+        """Durable writes of slots that leases own, as `Writer.write`."""
+        segments = {write.segment for write in writes}
+        refused = await self.checkpoints.open_for_writing(segments)
+        writing = asyncio.create_task(self.writer.write(writes, seal, refused))
         while not (await asyncio.wait([writing], timeout=WRITE_LATE_S))[0]:
-            for segment in {write.segment for write in writes}:
+            for segment in segments:
                 self.watch.failed_on(segment, TimeoutError(f"a write takes more than {WRITE_LATE_S:g} s"))
-        outcomes = iter(writing.result())
-        return [Outcome(0, refused[write.segment]) if write.segment in refused else next(outcomes) for write in writes]
+        return writing.result()
 
     def _none_accepted(self, offers: Sequence[BlockMeta], length: int | None) -> Reserved:
         self.metrics.dropped_writes += len(offers) if length is not None else 0

@@ -7,10 +7,12 @@ A missing entry in `NEXT` is our bug:
        +------close---------+----close (when its buffer comes back)--> GONE
 """
 
-from enum import Enum, auto
+from enum import IntEnum, auto
+
+import msgspec
 
 
-class WriteState(Enum):
+class WriteState(IntEnum):
     RESERVED = auto()  # a slot is ours, no bytes yet
     FILLING = auto()  # a carrier is receiving into the buffer
     WRITING = auto()  # on its way to the disk
@@ -27,24 +29,14 @@ NEXT: dict[WriteState, dict[str, WriteState]] = {
 }
 
 
-class WriteItem:
-    """One slot to be filled."""
+class WriteItem(msgspec.Struct, eq=False):
+    """One slot to be filled. Whose the block will be, and for how long, its lease says."""
 
-    def __init__(self, slot: int, key: bytes, parent: bytes, tenant: int = 0, written_s: int = 0, keep_s: int = 0) -> None:
-        """`written_s` and `keep_s` as in the slot page; both 0: kept for ever."""
-        self.slot = slot
-        self.key = key
-        self.parent = parent
-        self.tenant = tenant
-        self.written_s = written_s
-        self.keep_s = keep_s
-        self.state = WriteState.RESERVED
-        self.image: memoryview | None = None  # header page and payload, while FILLING or WRITING
-
-    @property
-    def expires_s(self) -> int:
-        """0: never."""
-        return self.written_s + self.keep_s
+    slot: int
+    key: bytes
+    parent: bytes
+    state: WriteState = WriteState.RESERVED
+    image: memoryview | None = None  # header page and payload, while FILLING or WRITING
 
     def step(self, event: str) -> None:
         self.state = NEXT[self.state][event]

@@ -160,7 +160,7 @@ async def test_a_reader_that_stalls_past_its_lease_never_takes_another_blocks_by
     reading = asyncio.create_task(reader.read(token))
     await asyncio.to_thread(gate.entered.acquire)  # it has its extents
     store.release(token)
-    while store.space.shelves[NAMESPACE].evict() is not None:
+    while store.space.shelves[NAMESPACE].evict():
         pass
     assert await reader.one.put(chain(CAPACITY, "other")) == [OK] * CAPACITY  # every slot is rewritten
     gate.opened.set()

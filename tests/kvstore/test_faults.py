@@ -12,7 +12,7 @@ import pytest
 
 from common.storage import Admission
 from common.transport.interface import Part, PartStatus
-from services.kvstore.record import PAGE_BYTES, SlotHeader, encode_slot
+from services.kvstore.record import PAGE_BYTES, Geometry, SlotHeader, encode_slot
 from services.kvstore.scan import WINDOW
 from tests.kvstore.faulty import EIO, ENOSPC, FailingFiles, raising
 from tests.kvstore.support import (
@@ -286,6 +286,20 @@ async def test_a_disk_error_while_writing_fails_the_block_and_retires_its_slot(t
         assert one.store.metrics.failed_writes == 2
 
 
+async def test_a_bad_place_among_slots_that_are_written_together_costs_its_own_block_only(tmp_path: Path) -> None:
+    files = FailingFiles()
+    async with rig(tmp_path, options(), files=files) as one:
+        keys = chain(4)
+        geometry = Geometry(LENGTH, 4)
+        begin, end = geometry.slot_offset(2), geometry.slot_offset(3)
+        files.fail["write"] = lambda fd, buffer, offset: EIO() if begin <= offset < end else None
+        assert await one.put(keys) == [OK, OK, FAILED, OK]
+        assert one.stored() == {keys[0], keys[1], keys[3]}
+        del files.fail["write"]
+        assert await one.put(keys[2:3], keys[1]) == [OK]
+        assert len(await one.get(keys)) == 4
+
+
 async def test_a_full_disk_at_a_write_drops_the_block_and_reading_goes_on(tmp_path: Path) -> None:
     keys, files = chain(3), FailingFiles()
     async with rig(tmp_path, files=files) as one:
@@ -456,10 +470,10 @@ async def test_a_cancelled_read_keeps_its_block_until_the_disk_is_done(tmp_path:
         with pytest.raises(asyncio.CancelledError):
             await reading
         one.store.release(found.token)
-        assert one.store.space.shelves[NAMESPACE].evict() is None  # still being read
+        assert one.store.space.shelves[NAMESPACE].evict() == 0  # still being read
         gate.opened.set()
         await _until_idle(one)
-        assert one.store.space.shelves[NAMESPACE].evict() is not None
+        assert one.store.space.shelves[NAMESPACE].evict() == 1
 
 
 async def _until_idle(one: Rig) -> None:

@@ -258,6 +258,47 @@ def test_taken_in_together_blocks_that_claim_to_be_each_others_parents_can_still
     assert sorted(evicted(index)) == [a, b, c]
 
 
+@given(
+    stored=st.lists(st.sampled_from(sorted(PARENT)), unique=True),
+    held=st.sets(st.sampled_from(sorted(PARENT))),
+    count=st.integers(0, 4),
+)
+@settings(deadline=None, derandomize=True)
+def test_a_group_that_comes_or_goes_is_as_if_its_blocks_came_or_went_one_by_one(
+    stored: list[bytes], held: set[bytes], count: int
+) -> None:
+    """In any order, some of them beside blocks that were there before."""
+    together, one_by_one = new_index(), new_index()
+    slots = {key: slot for slot, key in enumerate(sorted(PARENT))}
+    before, group = [key for key in stored if key in held], [key for key in stored if key not in held]
+    for index in (together, one_by_one):
+        for key in before:
+            index.insert(slots[key], key, PARENT[key], 0, 0)
+    for key in group:
+        one_by_one.insert(slots[key], key, PARENT[key], 7, slots[key])
+    at = [slots[key] for key in group]
+    together.pin_all(at)
+    together.insert_many(at, group, [PARENT[key] for key in group], [7] * len(at), at)
+    assert together.check_integrity() == []
+    together.unpin_all(at)
+    assert together.check_integrity() == []
+    assert dict(together.stored()) == dict(one_by_one.stored())
+    for keys in KEYS:
+        assert together.prefix(keys).tolist() == one_by_one.prefix(keys).tolist()
+    gone = together.evict_many(count)
+    assert len(gone) == len(set(gone)) == min(count, len(stored))
+    assert together.check_integrity() == []
+    assert len(evicted(together)) == len(stored) - len(gone)
+
+
+def test_a_group_of_blocks_that_claim_to_be_each_others_parents_can_still_be_evicted() -> None:
+    a, b, c = b"a" * 32, b"b" * 32, b"c" * 32
+    index = new_index()
+    index.insert_many([0, 1, 2], [a, b, c], [b, a, b], [0, 0, 0], [0, 1, 2])
+    assert index.check_integrity() == []
+    assert sorted(evicted(index)) == [a, b, c]
+
+
 def take_in(index: Index, slots: list[int], keys: list[bytes], parents: list[bytes]) -> None:
     entries = np.zeros(len(slots), ENTRY)
     entries["key"], entries["parent"] = words(b"".join(keys)), words(b"".join(parents))

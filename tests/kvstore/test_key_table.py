@@ -27,7 +27,7 @@ class TableAgainstDict(RuleBasedStateMachine):
     def put(self, key: bytes, slot: int) -> None:
         if key not in self.slots and slot not in self.slots.values():
             self.table.grow(slot + 1)
-            self.table.put(slot, key)
+            self.table.put_many(np.array([slot], np.int32), words(key))
             self.slots[key] = slot
 
     @rule(key=st.sampled_from(KEYS))
@@ -63,7 +63,7 @@ def test_many_keys_put_at_once_are_found_one_by_one_and_together(expected: int) 
     keys = chain(5000)
     table = KeyTable(expected)
     table.grow(len(keys))
-    table.put(4999, keys[0])
+    table.put_many(np.array([4999], np.int32), words(keys[0]))
     table.put_all(np.arange(4999, dtype=np.int32), words(b"".join(keys[1:])))
     assert [table.find(key) for key in keys] == [4999, *range(4999)]
     assert table.find_all(words(b"".join(keys))).tolist() == [4999, *range(4999)]
@@ -89,5 +89,5 @@ def test_what_is_no_key_is_not_found() -> None:
     table = KeyTable()
     table.grow(2)
     assert table.find(KEYS[0]) is None
-    table.put(1, KEYS[0])
+    table.put_many(np.array([1], np.int32), words(KEYS[0]))
     assert table.find(b"") is None and table.find(KEYS[0] + b"x") is None

@@ -19,6 +19,7 @@ from services.kvstore.record import (
     encode_segment,
     encode_slot,
 )
+from services.kvstore.slot_pages import SlotPages
 
 KEY = st.binary(min_size=32, max_size=32)
 U32 = st.integers(0, 2**32 - 1)
@@ -34,6 +35,33 @@ def test_a_slot_header_survives_the_page(
     page = encode_slot(header)
     assert len(page) == PAGE_BYTES
     assert decode_slot(page) == header
+
+
+@given(
+    st.lists(st.tuples(KEY, KEY, U32, U32, U32, st.integers(1, 2**64 - 1)), min_size=1, max_size=5),
+    st.binary(min_size=16, max_size=16),
+    U32,
+)
+def test_the_pages_of_a_group_are_those_of_its_blocks(
+    blocks: list[tuple[bytes, bytes, int, int, int, int]], tenant: bytes, keep_s: int
+) -> None:
+    pages = SlotPages(
+        [key for key, *_ in blocks],
+        [parent for _, parent, *_ in blocks],
+        [crc for _, _, crc, *_ in blocks],
+        [(segment, slot) for *_, segment, slot, _ in blocks],
+        namespace=SLOT.namespace,
+        payload_bytes=100,
+        tenant=tenant,
+        written_s=77,
+        keep_s=keep_s,
+    )
+    images = [memoryview(bytearray(2 * PAGE_BYTES)) for _ in blocks]
+    for places in (range(0, len(blocks), 2), range(1, len(blocks), 2)):
+        pages.seal(places, [blocks[place][-1] for place in places], [images[place] for place in places])
+    for image, (key, parent, crc, segment, slot, sequence) in zip(images, blocks, strict=True):
+        header = SlotHeader(SLOT.namespace, key, parent, sequence, 100, crc, slot, segment, tenant, 77, keep_s)
+        assert image[:PAGE_BYTES] == encode_slot(header) and decode_slot(image[:PAGE_BYTES]) == header
 
 
 @given(KEY, st.integers(1, PAYLOAD_BYTES_MAX), st.integers(1, 1 << 20), U32)

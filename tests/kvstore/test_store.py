@@ -324,6 +324,27 @@ async def test_a_segment_with_a_leased_block_or_its_ancestors_is_not_taken(tmp_p
         assert await one.put(new, namespace=OTHER) == [OK] * 4
 
 
+async def test_blocks_of_a_chain_lie_one_after_the_other_also_where_others_were(tmp_path: Path) -> None:
+    async with rig(tmp_path) as one:
+        for name in ("first", "second"):
+            keys = chain(8, name)
+            await one.put(chain(CAPACITY, f"{name}, before"))
+            await one.put(keys)
+            slots = [one.store.space.shelves[NAMESPACE].slot_of(key) for key in keys]
+            assert slots[0] is not None and slots == list(range(slots[0], slots[0] + 8))
+
+
+async def test_a_block_offered_twice_at_once_that_finds_no_slot_is_dropped_twice(tmp_path: Path) -> None:
+    async with rig(tmp_path) as one:
+        keys = chain(CAPACITY + 1)
+        twice = [*offers(keys), offers(keys)[-1], offers(keys)[0]]
+        reserved = await one.store.reserve(NAMESPACE, twice, None)
+        last = [Admission.DROPPED, Admission.DROPPED, Admission.IN_FLIGHT]
+        assert reserved.admissions == [Admission.ACCEPTED] * CAPACITY + last
+        assert reserved.token is not None
+        one.store.release(reserved.token)
+
+
 async def test_a_lowered_budget_is_met_at_start(tmp_path: Path) -> None:
     keys = chain(CAPACITY)
     async with rig(tmp_path) as one:
