@@ -8,7 +8,7 @@ model -> (decode) open the stream -> poll -> lost -> wait -> connect again.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 from common import rpc
 from common.aio import first_of
@@ -33,6 +33,14 @@ RECONNECT_S = (0.1, 1.0)
 ROLES = ("decode", "prefill", "kvstore")
 
 log = Log("cluster")
+
+
+class Basis(NamedTuple):
+    """What a prompt's block keys and its kvstores depend on. No `block_tokens`: no decode worker serves."""
+
+    namespace: str
+    block_tokens: int
+    kvstores: tuple[str, ...]
 
 
 class Cluster:
@@ -70,6 +78,13 @@ class Cluster:
         """Decode workers of the cluster's namespace that are connected."""
         return [p for p in self.of("decode") if p.usable and p.info is not None and p.info.namespace == self.namespace]
 
+    def basis(self) -> Basis:
+        infos = [p.info for p in self.serving() if p.info is not None]
+        return Basis(self.namespace, infos[0].block_tokens if infos else 0, self._kvstores())
+
+    def _kvstores(self) -> tuple[str, ...]:
+        return tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining)
+
     def view(self) -> ClusterView:
         now = time.monotonic()
         infos = [p.info for p in self.serving() if p.info is not None]
@@ -78,7 +93,7 @@ class Cluster:
             block_tokens=infos[0].block_tokens if infos else 0,
             decodes=tuple(p.decode_view(now, self.routed_at) for p in self.of("decode") if p.usable),
             prefills=tuple(p.prefill_view(now, self.routed_at) for p in self.of("prefill") if p.usable),
-            kvstores=tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining),
+            kvstores=self._kvstores(),
             bytes_per_block=infos[0].bytes_per_block if infos else 0,
             stored_bytes_per_block=infos[0].stored_bytes_per_block if infos else 0,
             corrections=self.corrections.factors(now),

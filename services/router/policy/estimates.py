@@ -16,6 +16,7 @@ The estimate is this times the correction that finished requests have taught (`c
 model leaves out, attention's growth with the context among it, is what the correction and `error` are for.
 """
 
+import functools
 import math
 
 import msgspec
@@ -122,7 +123,7 @@ class Pair:
         self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
         self._prefill = prefill.address if prefill else ""
-        self._paths = {meets: Paths.of(rates, view, decode, prefill, bold=meets) for meets in (False, True)}
+        self._paths = functools.cache(lambda meets: Paths.of(rates, view, decode, prefill, bold=meets))
 
     def estimate(self, plan: Plan) -> Estimate | None:
         """None when the plan comes to another one here: it would load nothing, or compute nothing beside its loads."""
@@ -141,7 +142,7 @@ class Pair:
         return None if idle and not estimate.guess and self._settings.scheduler is Scheduler.EARLIEST_FINISH else estimate
 
     def _fillers(self, shape: Shape) -> list[Filler]:
-        paths = self._paths[shape.meets]
+        paths = self._paths(shape.meets)
         fillers = [Filler(pipe.wait_s, pipe.per_s) for pipe in map(paths.load, shape.loads)]
         if shape.meets:
             fillers.append(Filler(paths.compute.wait_s, paths.compute.per_s / self._view.block_tokens))
@@ -149,7 +150,7 @@ class Pair:
 
     def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
         """The model of the module's text, for one division of the stored blocks."""
-        paths, block_tokens = self._paths[shape.meets], self._view.block_tokens
+        paths, block_tokens = self._paths(shape.meets), self._view.block_tokens
         loads, legs = division.loaded, _legs(shape, division)
         filled = [f.filled_s(n) for f, n in zip(self._fillers(shape), (*loads, division.computed), strict=False)]
         traffic = _traffic(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)

@@ -1,6 +1,5 @@
 """What is concluded from measured jobs, worked out by hand."""
 
-
 import pytest
 
 from loadtest.dualpath import conclusions
