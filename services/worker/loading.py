@@ -9,7 +9,7 @@ fetches it elsewhere; the others are not held up by it.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -76,7 +76,7 @@ class Pull(msgspec.Struct, frozen=True):
     """
 
     stored: Stored
-    slots: Sequence[int]
+    slots: Sequence[int] | Mapping[int, int]
     batches: Batches
     blocks: int
     landed: Callable[[Sequence[int], Sequence[int]], None]

@@ -118,7 +118,7 @@ class Pair:
         self._view = view
         self._settings = settings
         self._tokens = query.prompt_tokens
-        self._resident = query.resident.get(decode.address, 0)
+        self._resident = 0 if prefill else query.resident.get(decode.address, 0)  # the pool isn't read by others
         self._stored = max(query.stored_blocks, self._resident)
         self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
@@ -133,6 +133,8 @@ class Pair:
         missing = self._stored - self._resident
         shares = share(self._fillers(shape), missing)
         division = Division(shares[: len(shape.loads)], sum(shares[len(shape.loads) :]), self._resident)
+        if shape.meets and self._resident:  # decode loads what is missing behind what it holds, then computes
+            return None
         if missing == 0 and (shape.meets or shape.loads != (Source.STORAGE_TO_DECODE,) or not self._resident):
             return None
         if missing and not all(division.loaded):
