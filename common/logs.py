@@ -56,9 +56,11 @@ class Log:
 
     def _emit(self, level: int, event: str, fields: dict[str, Any], trace: bool = False) -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(
-                level, event, extra={"fields": self._fields | fields}, exc_info=trace and sys.exc_info()[0] is not None
+            raised = sys.exc_info() if trace and sys.exc_info()[0] is not None else None
+            record = self._logger.makeRecord(
+                self._logger.name, level, "", 0, event, (), raised, extra={"fields": self._fields | fields}
             )
+            self._logger.handle(record)  # not `log`, which walks the stack for a line number that nobody is shown
 
 
 class _Json(logging.Formatter):

@@ -4,6 +4,7 @@ Services raise the errors of `common.errors`; `aborting` turns them into a statu
 metadata carries the error's code, and `raised` turns that back on the calling side.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -154,8 +155,16 @@ def raised(error: grpc.aio.AioRpcError, peer: str) -> PenstockError:
 
 
 async def call(pending: Awaitable[T], peer: str) -> T:
-    """Awaits a unary call and raises errors of our tree. The call carries its own `timeout=`."""
+    """Awaits a unary call and raises errors of our tree. The call carries its own `timeout=`.
+
+    A channel that is closed meanwhile cancels its calls, but not who awaits them: that is `Unavailable`.
+    """
     try:
         return await pending
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Unavailable(f"{peer}: the connection was closed") from None
     except grpc.aio.AioRpcError as error:
         raise raised(error, peer) from error

@@ -2,7 +2,7 @@
 
 Life of a connection:
 
-1. `describe()` asks who is there (epoch, namespace, load).
+1. `describe()` asks who is there (epoch, namespace, load); `resident()` what its pool holds of a chain.
 2. `serve()` opens the stream and runs until it is lost; then every live request on it gets
    `Unavailable` (retryable), and `serve` raises it. A lost connection is not used again.
 3. In between, `start` sends a request and its steps arrive at the given sink; `cancel` ends one.
@@ -13,7 +13,7 @@ event loop; they must not block.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import grpc
@@ -92,6 +92,13 @@ class DecodeConnection:
     async def describe(self, timeout_s: float) -> pb.WorkerInfo:
         pending = self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
         return cast(pb.WorkerInfo, await rpc.call(pending, self.address))
+
+    async def resident(self, keys: Sequence[bytes], timeout_s: float) -> int:
+        """How many leading blocks of a chain are in the worker's pool at this moment."""
+        if not self._open:
+            raise Unavailable(f"decode worker {self.address}: not connected")
+        pending = self._stub.Resident(pb.ResidentRequest(keys=keys), timeout=timeout_s)
+        return min(len(keys), cast(pb.ResidentReply, await rpc.call(pending, self.address)).blocks)
 
     def start(self, message: pb.Start, sink: Sink) -> None:
         """Sends a request; its steps go to `sink`, the last one with `finish` set.

@@ -35,6 +35,18 @@ class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ResidentRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ResidentReply(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
 class WorkerInfo(_message.Message):
     __slots__ = ("role", "id", "epoch", "model", "namespace", "block_tokens", "bytes_per_block", "context_tokens", "vocab_size", "draining", "load", "bytes_endpoint", "codec", "stored_bytes_per_block")
     ROLE_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class DecodeStub:
                 request_serializer=worker__pb2.RouterMessage.SerializeToString,
                 response_deserializer=worker__pb2.StepBatch.FromString,
                 _registered_method=True)
+        self.Resident = channel.unary_unary(
+                '/penstock.worker.v1.Decode/Resident',
+                request_serializer=worker__pb2.ResidentRequest.SerializeToString,
+                response_deserializer=worker__pb2.ResidentReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/penstock.worker.v1.Decode/Describe',
                 request_serializer=worker__pb2.DescribeRequest.SerializeToString,
@@ -58,6 +63,13 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resident(self, request, context):
+        """How much of a chain the pool holds at this moment. A hint: what is really there is claimed when a request comes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -71,6 +83,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Serve,
                     request_deserializer=worker__pb2.RouterMessage.FromString,
                     response_serializer=worker__pb2.StepBatch.SerializeToString,
+            ),
+            'Resident': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resident,
+                    request_deserializer=worker__pb2.ResidentRequest.FromString,
+                    response_serializer=worker__pb2.ResidentReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -105,6 +122,33 @@ class Decode:
             '/penstock.worker.v1.Decode/Serve',
             worker__pb2.RouterMessage.SerializeToString,
             worker__pb2.StepBatch.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resident(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.worker.v1.Decode/Resident',
+            worker__pb2.ResidentRequest.SerializeToString,
+            worker__pb2.ResidentReply.FromString,
             options,
             channel_credentials,
             insecure,

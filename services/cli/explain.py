@@ -63,6 +63,7 @@ def _decision(decision: Mapping[str, Any]) -> list[str]:
     if decision.get("refused"):
         return [*lines, f"refused ({decision['refused']}): {decision['reason']}"]
     names = {worker["address"]: worker["id"] for worker in decision["workers"]}
+    lines += [f"{names.get(address, address)} still holds {blocks} blocks" for address, blocks in query["resident"].items()]
     lines += ["", *table([["WORKER", "ROLE", "QUEUED", "COMPUTES", *_LINK_TITLES], *map(_worker, decision["workers"])])]
     titles = ["  PLAN", "DECODE", "PREFILL", "FINISH", "FIRST TOKEN", "LOADED", "QUEUE", "COMPUTED", "BLOCKS FROM"]
     lines += ["", *table([titles, *(_candidate(c, names) for c in decision["candidates"])])]

@@ -162,6 +162,10 @@ class Decoder:
         finally:
             self._engine.give_up(claim)  # unless the engine has taken it over
 
+    def resident_blocks(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading blocks of a chain a request would find in the pool at this moment."""
+        return self._engine.engine.pool.allocator.count(keys) if self._resident else 0
+
     def _keys(self, request: DecodeRequest) -> list[BlockKey]:
         """Keys of the blocks that needn't be computed."""
         known = [*request.prompt, *request.output]
@@ -174,7 +178,7 @@ class Decoder:
         loaded = max((leg.last_block for leg in request.route.legs), default=0)
         tail = len(request.prompt) + len(request.output) - blocks * self._block_tokens
         if not blocks or blocks < loaded or (request.route.prefill and tail > RESIDENT_TAIL_TOKENS):
-            return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress))
+            return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress), blocks)
         await self._filler.decline(request)
         live.report.plan = Plan.RESIDENT
         return Filled(stored_blocks=min(blocks, request.route.stored.blocks if request.route.stored else 0))

@@ -12,7 +12,7 @@ takes it (`Filled.kv.on_copied`, or `Filled.drop`).
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -20,7 +20,7 @@ from common import tracing
 from common.blocks import reusable_blocks
 from common.errors import LeaseRejected, PenstockError
 from common.logs import Log
-from common.routes import Leg, Order, Source, clipped, plan_of
+from common.routes import Leg, Order, Plan, Source, clipped, plan_of
 from common.transport.counters import Flow as Moved
 from common.transport.interface import Endpoint, LeaseToken
 from services.decode.filled import Filled, Shares
@@ -53,14 +53,17 @@ class Filler:
         self.lease_s = lease_s
         self.wake = wake  # the engine may wait for what has come
 
-    async def fill(self, request: DecodeRequest, report: Report, on_first: OnFirst) -> Filled:
-        """`on_first` is called once, if prefill samples a first token. Raises Overloaded when the stage has no room now."""
+    async def fill(self, request: DecodeRequest, report: Report, on_first: OnFirst, held: int) -> Filled:
+        """`on_first` is called once, if prefill samples a first token; `held` leading blocks are in the pool.
+
+        Raises Overloaded when the stage has no room now.
+        """
         filling = _Filling(self, request, report, on_first)
-        if request.route.order is Order.MEET and not request.route.prefill:
+        if request.route.order is Order.MEET and not request.route.prefill and not held:
             return filling.meeting()
         filled = Filled()
         try:
-            filled = await (filling.by_prefill() if request.route.prefill and not request.output else filling.alone())
+            filled = await (filling.by_prefill() if request.route.prefill and not request.output else filling.alone(held))
         finally:
             try:
                 await asyncio.shield(filling.release())
@@ -142,23 +145,26 @@ class _Filling:
         finally:
             await asyncio.shield(self.release())
 
-    async def alone(self) -> Filled:
-        """Pulls the legs from SSD; the engine computes the rest."""
+    async def alone(self, held: int) -> Filled:
+        """Pulls what the pool doesn't hold of the legs from SSD; the engine computes the rest."""
         stored, wanted = self._stored, _leading(self._legs)
-        if stored is None or not wanted:
+        if stored is None or held >= wanted:
+            self._report.plan = Plan.RESIDENT if held else Plan.RECOMPUTE
             return Filled()
-        slots = self._in.stage.reserve(wanted)
-        good = 0
+        slots = self._in.stage.reserve(wanted - held)
+        good = held
         try:
-            self._noted(await self._pull(stored, slots, range(wanted), Form.STORED))
-            good = _prefix(self._came, wanted)
+            self._noted(
+                await self._pull(stored, dict(zip(range(held, wanted), slots, strict=True)), range(held, wanted), Form.STORED)
+            )
+            good = _prefix(self._came | set(range(held)), wanted)
         finally:
-            self._in.stage.free(slots[good:])
+            self._in.stage.free(slots[good - held :])
         self._report.cached_tokens = good * self._in.block_tokens
-        self._report.plan = plan_of([Source.STORAGE_TO_DECODE] if good else [], Order.FORWARD, by_prefill=False)
-        return self._filled(slots[:good], self._report.cached_tokens, good, Form.STORED)
+        self._report.plan = plan_of([Source.STORAGE_TO_DECODE] if good > held else [], Order.FORWARD, by_prefill=False)
+        return self._filled(slots[: good - held], self._report.cached_tokens, good, Form.STORED, first_block=held)
 
-    async def _pull(self, stored: Stored, slots: Sequence[int], blocks: Sequence[int], form: Form) -> Loaded:
+    async def _pull(self, stored: Stored, slots: Sequence[int] | Mapping[int, int], blocks: Sequence[int], form: Form) -> Loaded:
         def landed(came: Sequence[int], failed: Sequence[int]) -> None:
             self._came.update(came)
 
@@ -303,13 +309,13 @@ class _Filling:
 
     # What comes of it
 
-    def _filled(self, slots: Sequence[int], tokens: int, stored_blocks: int, form: Form) -> Filled:
+    def _filled(self, slots: Sequence[int], tokens: int, stored_blocks: int, form: Form, first_block: int = 0) -> Filled:
         first = self._first
         if not slots:
             return Filled(None, (), 0, first.first, first.finish, first.stop_token)
         size = self._in.reader.bytes_in_slot(form)
         views = [self._in.stage.view(slot, 0, size) for slot in slots]
-        kv = LoadedKv(tokens, views, self._freer(slots))
+        kv = LoadedKv(tokens, views, self._freer(slots), first_block)
         return Filled(kv, slots, stored_blocks, first.first, first.finish, first.stop_token)
 
     def _freer(self, slots: Sequence[int]) -> Callable[[], None]:

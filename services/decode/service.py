@@ -7,6 +7,7 @@ from typing import Any
 import grpc.aio
 
 from common import rpc
+from common.blocks import BlockKey
 from common.errors import InvalidRequest, PenstockError
 from common.generation import FinishReason
 from common.logs import Log
@@ -30,6 +31,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.WorkerInfo:
         return self._node.info()
+
+    async def Resident(self, request: pb.ResidentRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ResidentReply:
+        return pb.ResidentReply(blocks=self._decoder.resident_blocks([BlockKey(key) for key in request.keys]))
 
     async def Serve(
         self, request_iterator: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext[Any, Any]

@@ -7,8 +7,8 @@ model -> (decode) open the stream -> poll -> lost -> wait -> connect again.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, cast
 
 from common import rpc
 from common.aio import first_of
@@ -30,9 +30,18 @@ POLL_S = 1.0  # without fresh loads over NATS
 POLL_SLOW_S = 5.0  # with them
 UNANSWERED_MAX = 5  # polls in a row: ten seconds of silence on a live connection is a stuck process
 RECONNECT_S = (0.1, 1.0)
+RESIDENT_ASKED_MAX = 8  # decode workers asked what they hold, per request: a call each
 ROLES = ("decode", "prefill", "kvstore")
 
 log = Log("cluster")
+
+
+class Basis(NamedTuple):
+    """What a prompt's block keys and its kvstores depend on. No `block_tokens`: no decode worker serves."""
+
+    namespace: str
+    block_tokens: int
+    kvstores: tuple[str, ...]
 
 
 class Cluster:
@@ -70,6 +79,28 @@ class Cluster:
         """Decode workers of the cluster's namespace that are connected."""
         return [p for p in self.of("decode") if p.usable and p.info is not None and p.info.namespace == self.namespace]
 
+    def basis(self) -> Basis:
+        infos = [p.info for p in self.serving() if p.info is not None]
+        return Basis(self.namespace, infos[0].block_tokens if infos else 0, self._kvstores())
+
+    def _kvstores(self) -> tuple[str, ...]:
+        return tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining)
+
+    async def resident(self, keys: Sequence[bytes], deadline_s: float) -> dict[str, int]:
+        """How many leading blocks of a chain each decode worker still holds, by its address; those that hold none, or
+        don't answer in time, are left out. Of many workers, those with the fewest sequences are asked."""
+        if not deadline_s:
+            return {}
+        asked = sorted(self.serving(), key=lambda peer: peer.account.sequences)[:RESIDENT_ASKED_MAX]
+        connections = [peer.connection for peer in asked if peer.connection is not None]
+        counts = await asyncio.gather(*(c.resident(keys, deadline_s) for c in connections), return_exceptions=True)
+        for connection, count in zip(connections, counts, strict=True):
+            if isinstance(count, BaseException) and not isinstance(count, PenstockError):
+                raise count
+            if isinstance(count, PenstockError):
+                log.debug("resident_unknown", decode=connection.address, reason=count.message)
+        return {c.address: count for c, count in zip(connections, counts, strict=True) if isinstance(count, int) and count}
+
     def view(self) -> ClusterView:
         now = time.monotonic()
         infos = [p.info for p in self.serving() if p.info is not None]
@@ -78,7 +109,7 @@ class Cluster:
             block_tokens=infos[0].block_tokens if infos else 0,
             decodes=tuple(p.decode_view(now, self.routed_at) for p in self.of("decode") if p.usable),
             prefills=tuple(p.prefill_view(now, self.routed_at) for p in self.of("prefill") if p.usable),
-            kvstores=tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining),
+            kvstores=self._kvstores(),
             bytes_per_block=infos[0].bytes_per_block if infos else 0,
             stored_bytes_per_block=infos[0].stored_bytes_per_block if infos else 0,
             corrections=self.corrections.factors(now),

@@ -13,12 +13,14 @@ from common.logs import Log
 from common.pb import worker_pb2 as pb
 from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
+from services.router.cluster import Basis
 from services.router.generator import Generator, Work
 from services.router.lookup import Answer, look_up
 from services.router.placement import Route, route
 from services.router.policy.view import ClusterView, Query
 from services.router.policy.workers import Refusal, Why
 from services.router.rendezvous import ranked
+from services.router.stores import LeaseKeeper
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
 log = Log("dispatch")
@@ -59,27 +61,28 @@ class Dispatch:
                     await self._generator.cluster.changed()
 
     async def _try_place(self, choice: Choice) -> Refusal | None:
-        view = self._generator.cluster.view()
-        if not view.block_tokens:
+        basis = self._generator.cluster.basis()
+        if not basis.block_tokens:
             return Refusal(
                 Why.UNAVAILABLE, self._generator.cluster.not_ready(needs_kvstore=False) or "no decode worker is connected"
             )
-        if choice.output and choice.namespace != view.namespace:
+        if choice.output and choice.namespace != basis.namespace:
             return Refusal(Why.UNAVAILABLE, "no decode worker has the weights this answer was begun with")
-        answer, kvstores = await self._lookup(choice, view)
+        answer, kvstores, resident = await self._lookup(choice, basis)
         found = answer.found
         query = Query(
             prompt_tokens=len(choice.prompt) + len(choice.output),
             stored_blocks=found.prefix.blocks if found else 0,
             kvstore=next(iter(kvstores), ""),
             avoid=choice.avoid,
+            resident=resident,
             turn=next(self._generator.turns),
             moved=bool(choice.output),
         )
-        latest = self._generator.cluster.view()
-        decision = route(query, latest, time.monotonic(), self._generator.policy)
-        choice.decision = self._generator.decisions.made(self._work.id, choice.index, choice.moves, query, latest, decision)
-        if isinstance(decision, Route) and latest.namespace == view.namespace:
+        view = self._generator.cluster.view()
+        decision = route(query, view, time.monotonic(), self._generator.policy)
+        choice.decision = self._generator.decisions.made(self._work.id, choice.index, choice.moves, query, view, decision)
+        if isinstance(decision, Route) and view.namespace == basis.namespace:
             placed_at = decision.decode
             try:
                 self._start(choice, decision, answer, kvstores[1:], view)
@@ -91,28 +94,37 @@ class Dispatch:
             self._generator.keeper.release(found)
         return decision if isinstance(decision, Refusal) else Refusal(Why.UNAVAILABLE, "the cluster changed its namespace")
 
-    async def _lookup(self, choice: Choice, view: ClusterView) -> tuple[Answer, list[str]]:
-        """The stored prefix, leased, and the stores for this chain, best first. Any failure is a miss."""
+    async def _lookup(self, choice: Choice, basis: Basis) -> tuple[Answer, list[str], dict[str, int]]:
+        """The stored prefix, leased; the stores for this chain, best first; who still holds how much of it. Any failure is a miss."""
         began = time.monotonic()
-        root = chain_root(Namespace(view.namespace), self._work.salt)
-        reusable = reusable_blocks(len(choice.prompt), view.block_tokens)
-        leading = choice.prompt[: max(1, reusable) * view.block_tokens]
+        root = chain_root(Namespace(basis.namespace), self._work.salt)
+        reusable = reusable_blocks(len(choice.prompt), basis.block_tokens)
+        leading = choice.prompt[: max(1, reusable) * basis.block_tokens]
         big = len(leading) > INLINE_TOKENS_MAX
-        keys = await self._generator.off_loop(big, lambda: block_keys(root, leading, view.block_tokens))
+        keys = await self._generator.off_loop(big, lambda: block_keys(root, leading, basis.block_tokens))
         keeper, settings, cluster = self._generator.keeper, self._generator.settings, self._generator.cluster
-        best = ranked(keys[0] if keys else root, view.kvstores)[: settings.replicas]
+        best = ranked(keys[0] if keys else root, basis.kvstores)[: settings.replicas]
         stores = [peer.store for address in best if (peer := cluster.peer("kvstore", address)) and peer.store]
         kvstores = [store.address for store in stores]
-        if reusable == 0 or not stores:
-            return Answer(), kvstores
+        if reusable == 0:
+            return Answer(), kvstores, {}
         self._generator.metrics.queried(len(choice.prompt))
-        answer = await look_up(stores, Namespace(view.namespace), keys, keeper, settings.lookup_timeout_ms / 1000)
+        looking = asyncio.ensure_future(
+            look_up(stores, Namespace(basis.namespace), keys, keeper, settings.lookup_timeout_ms / 1000)
+        )
+        try:
+            resident = await cluster.resident(keys, settings.resident_timeout_ms / 1000)
+            answer = await looking
+        except BaseException:
+            looking.add_done_callback(lambda done: _give_back(done, keeper))
+            looking.cancel()
+            raise
         for address, reason in answer.failures:
             log.warning("lookup_failed", request_id=self._work.id, kvstore=address, reason=reason)
             self._generator.metrics.lookup_failed()
         blocks = answer.found.prefix.blocks if answer.found else 0
         tracing.record("lookup", time.monotonic() - began, self._traceparent, blocks=blocks)
-        return answer, kvstores
+        return answer, kvstores, resident
 
     def _start(self, choice: Choice, decision: Route, answer: Answer, replicas: list[str], view: ClusterView) -> None:
         """Sends the choice to its worker and counts it there."""
@@ -151,6 +163,12 @@ class Dispatch:
         choice.namespace = view.namespace
         self._generator.metrics.routed(decision.plan)
         log.debug("placed", request_id=stream_id, decode=peer.id, plan=decision.plan, reason=decision.reason)
+
+
+def _give_back(looked: asyncio.Future[Answer], keeper: LeaseKeeper) -> None:
+    """Nobody takes the answer of a lookup."""
+    if not looked.cancelled() and looked.exception() is None and (found := looked.result().found) is not None:
+        keeper.release(found)
 
 
 def _refused(refusal: Refusal) -> PenstockError:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -42,9 +42,12 @@ class Api:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def app(self) -> "Gate":
+        posts = {
+            "/v1/completions": _Endpoint(self, self._completions),
+            "/v1/chat/completions": _Endpoint(self, self._chat),
+        }
         routes = [
-            Route("/v1/completions", _Endpoint(self, self._completions), methods=["POST"]),
-            Route("/v1/chat/completions", _Endpoint(self, self._chat), methods=["POST"]),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{id:path}", self._one_model, methods=["GET"]),
             Route("/v1/penstock/status", self._status, methods=["GET"]),
@@ -55,7 +58,7 @@ class Api:
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {HTTPException: _http_problem, PenstockError: _problem, Exception: _problem}
-        return Gate(Starlette(routes=routes, exception_handlers=handlers), self._keys)
+        return Gate(Starlette(routes=routes, exception_handlers=handlers), posts, self._keys)
 
     @property
     def body_bytes_max(self) -> int:
@@ -210,10 +213,11 @@ class _Endpoint:
 
 
 class Gate:
-    """In front of everything: the request id, and the API key."""
+    """In front of everything: the request id, and the API key. `posts`, by path, need nothing of the framework's on their way."""
 
-    def __init__(self, app: Any, keys: Sequence[bytes]) -> None:
+    def __init__(self, app: Any, posts: Mapping[str, Any], keys: Sequence[bytes]) -> None:
         self._app = app
+        self._posts = posts
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,7 +238,8 @@ class Gate:
                 Unauthenticated("missing or wrong API key: expected the header 'Authorization: Bearer <key>'")
             )
             return
-        await self._app(scope, receive, send_with_id)
+        app = self._posts.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
+        await app(scope, receive, send_with_id)
 
     def _known(self, header: bytes) -> bool:
         """Compares in constant time, over hashes, with every key."""

@@ -36,7 +36,9 @@ class Answer(msgspec.Struct, frozen=True):
 async def look_up(
     stores: Sequence[KvStoreClient], namespace: Namespace, keys: Sequence[bytes], keeper: LeaseKeeper, deadline_s: float
 ) -> Answer:
-    """Asks `stores`, best first; at least one. What is found is held by `keeper`."""
+    """Asks `stores`, best first; without any, nothing is stored. What is found is held by `keeper`."""
+    if not stores:
+        return Answer()
     first, *others = stores
     leased, *counted = await asyncio.gather(
         _tried(first.lookup(namespace, keys, keeper.lease_s, deadline_s=deadline_s)),

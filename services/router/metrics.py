@@ -59,8 +59,9 @@ class Metrics:
         self._routes = counter("penstock:routes", "Routes decided.", "plan")
         self._carried_out = counter("penstock:routes_carried_out", "Routes as decode reported them.", "plan", "carrier")
         self._fallbacks = counter("penstock:route_fallbacks", "Routes that decode could not carry out as asked.")
-        self._bytes = counter("penstock:kv_bytes", "KV bytes moved for requests.", "path")
-        self._path_seconds = counter("penstock:kv_path_seconds", "Seconds in which requests moved KV.", "path")
+        moved = counter("penstock:kv_bytes", "KV bytes moved for requests.", "path")
+        took = counter("penstock:kv_path_seconds", "Seconds in which requests moved KV.", "path")
+        self._flows = {path: (moved.labels(model_name, path), took.labels(model_name, path)) for path in PATHS}
         self._ratio = histogram(
             "penstock:first_token_over_estimate", "Time to the first token over its estimate, routes that were carried out.",
             _RATIO, "plan",
@@ -156,7 +157,8 @@ class Metrics:
         self._carried_out.labels(self._label, report.plan, report.carrier or "none").inc()
         if report.fallback:
             self._fallbacks.inc()
-        for path in PATHS:
+        for path, (moved, took) in self._flows.items():
             flow = getattr(report, path)
-            self._bytes.labels(self._label, path).inc(flow.bytes)
-            self._path_seconds.labels(self._label, path).inc(flow.seconds)
+            if flow.bytes:
+                moved.inc(flow.bytes)
+                took.inc(flow.seconds)

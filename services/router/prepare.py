@@ -109,7 +109,7 @@ async def prompt_ids(generator: Generator, param: str, prompt: Any, *, special: 
         ids = await generator.encode(prompt, special=special)
     else:
         ids = prompt
-        if not all(type(id_) is int for id_ in ids):
+        if ids and set(map(type, ids)) != {int}:
             raise refused(param, "a list", "a string, a list of strings, a list of token ids, or a list of such lists")
         check_token_ids(param, ids, model.vocab_size)
     if not ids:

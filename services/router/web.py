@@ -36,6 +36,7 @@ class Web:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         self._server = _Server(config)

@@ -1,6 +1,6 @@
 """worker.proto messages from and to `services.worker.requests`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -55,7 +55,7 @@ def decode_request(start: pb.Start) -> DecodeRequest:
         prompt=tuple(start.token_ids),
         sampling=sampling_from_pb(start.sampling),
         route=Route(
-            legs_from_pb(start.route.legs, stored.blocks if stored else 0),
+            _decode_legs(start.route.legs, stored.blocks if stored else 0, len(start.token_ids)),
             order_from_pb(start.route.order),
             stored,
             start.route.prefill,
@@ -108,6 +108,20 @@ def prefill_request(message: pb.RunRequest, block_tokens: int) -> PrefillRequest
         deadline_s=message.deadline_ms / 1e3,
         traceparent=message.traceparent,
     )
+
+
+def _decode_legs(messages: Sequence[pb.Leg], stored: int, tokens: int) -> tuple[Leg, ...]:
+    """The first may be of resident blocks, which need not be stored."""
+    resident = messages[:1] if messages and messages[0].source == pb.RESIDENT else []
+    if not resident:
+        return legs_from_pb(messages, stored)
+    leg = Leg(resident[0].first_block, resident[0].last_block, Source.RESIDENT)
+    if problem := problem_of([leg], tokens):
+        raise InvalidRequest(problem)
+    legs = (leg, *legs_from_pb(messages[1:], stored))
+    if problem := problem_of(legs, tokens):
+        raise InvalidRequest(problem)
+    return legs
 
 
 def legs_from_pb(messages: Iterable[pb.Leg], blocks: int) -> tuple[Leg, ...]:

@@ -10,7 +10,7 @@ fetches it elsewhere; the others are not held up by it.
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import count
 
@@ -79,7 +79,7 @@ class Pull(msgspec.Struct, frozen=True):
     """
 
     stored: Stored
-    slots: Sequence[int]
+    slots: Sequence[int] | Mapping[int, int]
     batches: Batches
     blocks: int
     landed: Callable[[Sequence[int], Sequence[int]], None]

@@ -166,6 +166,7 @@ async def running_pair(
     model: LoadedModel | None = None,
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
+    resident: bool = False,
     store: dict[str, Any] | None = None,
 ) -> AsyncIterator[Pair]:
     """The extra arguments are settings of each."""
@@ -186,7 +187,7 @@ async def running_pair(
             "decode",
             DecodeSettings(**common | {"pool_bytes": 16 << 20} | (decode or {})),
             model,
-            DecodeKind(resident=False),
+            DecodeKind(resident=resident),
             stack,
         )
         pair = Pair(model, there, here, client)

@@ -36,6 +36,7 @@ class ScriptedDecode(pb_grpc.DecodeServicer):
         self.tokens: tuple[int, ...] = (70, 71, 72)
         self.stop_token: int | None = None
         self.cached_tokens = 0
+        self.resident_blocks = 0
         self.draining = False
         self.load = pb.Load(pool_blocks_total=64, pool_blocks_free=64)
         self.context_tokens = 512
@@ -65,6 +66,9 @@ class ScriptedDecode(pb_grpc.DecodeServicer):
                 stop_token=id_ + 1 if last and stops else 0,
                 report=report if position == 0 or last else None,
             )
+
+    async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
+        return pb.ResidentReply(blocks=min(self.resident_blocks, len(request.keys)))
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.WorkerInfo:
         return pb.WorkerInfo(

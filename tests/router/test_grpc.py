@@ -82,7 +82,7 @@ async def test_cancelling_the_call_cancels_at_decode(stack: Stack, channel: grpc
 async def test_the_callers_deadline_travels(stack: Stack, channel: grpc.aio.Channel) -> None:
     stub = router_pb2_grpc.PenstockStub(channel)
     assert [event async for event in stub.Generate(pb.GenerateRequest(text="a"), timeout=20)]
-    assert 0 < stack.decode.starts[0].deadline_ms <= 20_001
+    assert 0 < stack.decode.starts[0].deadline_ms <= 20_101  # gRPC rounds up to a tenth of a second
 
 
 async def test_models_status_health_and_reflection_answer(stack: Stack, channel: grpc.aio.Channel) -> None:

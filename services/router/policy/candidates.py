@@ -32,7 +32,8 @@ def candidates(
     for decode in decodes:
         for prefill in (None, *prefills):
             pair = Pair(query, view, settings, rates, decode, prefill)
-            made = [pair.estimate(plan) for plan in _plans(settings, "prefill" if prefill else "decode")]
+            loads = bool(query.stored_blocks or query.resident.get(decode.address))
+            made = [pair.estimate(plan) for plan in _plans(settings, "prefill" if prefill else "decode", loads)]
             found += [e for e in made if e is not None and (not prefills or _spares(e, decode, settings))]
     return found
 
@@ -54,7 +55,10 @@ def direct_tail_tokens(decode: DecodeView, settings: PolicySettings) -> int:
     return max(DIRECT_TAIL_TOKENS_MIN, min(DIRECT_TAIL_TOKENS_MAX, measured))
 
 
-def _plans(settings: PolicySettings, computer: str) -> list[Plan]:
+def _plans(settings: PolicySettings, computer: str, loads: bool) -> Sequence[Plan]:
+    """Those to estimate; `loads`: there is something that a plan could load."""
+    if not loads:
+        return (Plan.RECOMPUTE,)
     allowed = {*settings.plans, Plan.RECOMPUTE}
     return [
         plan

@@ -16,6 +16,7 @@ The estimate is this times the correction that finished requests have taught (`c
 model leaves out, attention's growth with the context among it, is what the correction and `error` are for.
 """
 
+import functools
 import math
 
 import msgspec
@@ -117,12 +118,12 @@ class Pair:
         self._view = view
         self._settings = settings
         self._tokens = query.prompt_tokens
-        self._resident = query.resident.get(decode.address, 0)
+        self._resident = 0 if prefill else query.resident.get(decode.address, 0)  # the pool isn't read by others
         self._stored = max(query.stored_blocks, self._resident)
         self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
         self._prefill = prefill.address if prefill else ""
-        self._paths = {meets: Paths.of(rates, view, decode, prefill, bold=meets) for meets in (False, True)}
+        self._paths = functools.cache(lambda meets: Paths.of(rates, view, decode, prefill, bold=meets))
 
     def estimate(self, plan: Plan) -> Estimate | None:
         """None when the plan comes to another one here: it would load nothing, or compute nothing beside its loads."""
@@ -132,6 +133,8 @@ class Pair:
         missing = self._stored - self._resident
         shares = share(self._fillers(shape), missing)
         division = Division(shares[: len(shape.loads)], sum(shares[len(shape.loads) :]), self._resident)
+        if shape.meets and self._resident:  # decode loads what is missing behind what it holds, then computes
+            return None
         if missing == 0 and (shape.meets or shape.loads != (Source.STORAGE_TO_DECODE,) or not self._resident):
             return None
         if missing and not all(division.loaded):
@@ -141,7 +144,7 @@ class Pair:
         return None if idle and not estimate.guess and self._settings.scheduler is Scheduler.EARLIEST_FINISH else estimate
 
     def _fillers(self, shape: Shape) -> list[Filler]:
-        paths = self._paths[shape.meets]
+        paths = self._paths(shape.meets)
         fillers = [Filler(pipe.wait_s, pipe.per_s) for pipe in map(paths.load, shape.loads)]
         if shape.meets:
             fillers.append(Filler(paths.compute.wait_s, paths.compute.per_s / self._view.block_tokens))
@@ -149,7 +152,7 @@ class Pair:
 
     def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
         """The model of the module's text, for one division of the stored blocks."""
-        paths, block_tokens = self._paths[shape.meets], self._view.block_tokens
+        paths, block_tokens = self._paths(shape.meets), self._view.block_tokens
         loads, legs = division.loaded, _legs(shape, division)
         filled = [f.filled_s(n) for f, n in zip(self._fillers(shape), (*loads, division.computed), strict=False)]
         traffic = _traffic(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)

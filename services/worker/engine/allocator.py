@@ -12,7 +12,7 @@ A block is in one of three states:
 A named block is never written again while it has that name. Idle blocks go least recently used first, and the
 blocks of one sequence last to first: without its beginning the rest of a chain can't be used.
 
-`claim` may be called from any thread; everything else belongs to the engine's.
+`claim` and `count` may be called from any thread; everything else belongs to the engine's.
 """
 
 import threading
@@ -70,6 +70,11 @@ class BlockAllocator:
                 self._holders[block] += 1
                 claimed.append(block)
             return claimed
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading ones of `keys` are named now; nothing holds them. Any thread may call it."""
+        with self._lock:
+            return next((at for at, key in enumerate(keys) if key not in self._named), len(keys))
 
     def name(self, block: int, key: BlockKey) -> None:
         """A held block is full and holds the KV of `key`. The first block of a name keeps it."""
