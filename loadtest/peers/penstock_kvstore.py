@@ -92,7 +92,7 @@ class PenstockKvStore:
         )
         seconds = time.perf_counter() - began_s
         await self._client.release(reserved.token)
-        return Put([i for i, status in zip(wanted, statuses, strict=True) if status is PartStatus.OK], seconds, seconds)
+        return Put([i for i, status in zip(wanted, statuses, strict=True) if status is PartStatus.OK], seconds, seconds, seconds)
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
         return self._runner.run(self._get(round_, [[i] for i in indices]))
