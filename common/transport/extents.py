@@ -10,7 +10,7 @@
    it is the peer who decides that a block is bad.
 4. The descriptors are closed when no read is in flight and none is likely to come.
 
-Who reads the blocks of a lease one by one finds the next one read already (read_ahead.py).
+Who reads the blocks of a lease one by one finds the next ones read already (read_ahead.py).
 
 A caller that stops waiting gets its spans back as in `connection.py`: what the disk has begun is waited for, and
 where the disk hangs longer than SETTLE_S the spans are held by the region until it has ended.

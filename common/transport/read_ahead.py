@@ -1,17 +1,18 @@
-"""Reading the block after the one that is asked for, so that the disk works while a lone reader checks what it got.
+"""Reading the blocks after the one that is asked for, so that the disk works while a lone reader checks what it got.
 
-1. A reader takes the blocks of a lease one by one, in order: from the second on, the next block is read
-   into a buffer of ours, if its place is known already. It is asked of the disk as soon as the one before has come from
-   there, and not before: some disks tell of several only when the last of them is there.
-2. Asked for, it is taken: checked by then, or when it comes. It costs its reader a copy.
-3. What nobody takes within IDLE_S is dropped; its buffer is free again when the disk has let go of it.
+1. A reader takes the blocks of a lease one by one, in order: from the second on, the next ones are read
+   into buffers of ours, if their places are known already.
+2. Asked for, a block is taken: checked by then, or when it comes. It costs its reader a copy.
+3. When it has come from the disk and at most one more is ahead of its reader, the next RUN begin: together, as some disks
+   tell of several only when the last of them is there, and before any check, so that the disk has work meanwhile.
+4. What nobody takes within IDLE_S is dropped; its buffer is free again when the disk has let go of it.
 
-At most one block for each lease that its reader has not asked for, and BYTES_MAX in all.
+At most RUN + 1 blocks are ahead of each lease's reader, and BYTES_MAX in all.
 """
 
 import asyncio
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 
@@ -27,6 +28,7 @@ from common.transport.lease_places import IDLE_S, LeasePlaces, Places
 
 BYTES_MAX = 32 << 20
 LEASES_MAX = 64  # whose last block is remembered
+RUN = 2  # blocks that are asked of the disk together
 
 
 class Flight:
@@ -82,60 +84,83 @@ class ReadAhead:
         self.buffers = BufferPool(BYTES_MAX)
         self._places, self._engine = places, engine
         self._last: OrderedDict[LeaseToken, Part] = OrderedDict()
-        self._flights: dict[LeaseToken, Flight] = {}
+        self._flights: dict[LeaseToken, deque[Flight]] = {}  # in the order of their blocks; never empty
         self._timers: dict[LeaseToken, asyncio.TimerHandle] = {}
 
     def take(self, token: LeaseToken, part: Part) -> Flight | None:
-        """A lone reader asks for `part`: its flight, the caller's now, if it is there. Then the next one starts."""
-        flight = self._leave(token)
-        if flight is not None and flight.part != part:
-            flight.end()
-            flight = None
-        if flight is not None:
-            self._last[token] = part
-            flight.then(partial(self._start, token, _after(part)))
+        """A lone reader asks for `part`: its flight, the caller's now, if it is there. Then the next ones start."""
+        flights = self._flights.get(token)
+        if flights is None or flights[0].part != part:
+            self._drop(token)
+            return None
+        flight = flights.popleft()
+        if not flights:
+            del self._flights[token]
+        self._remember(token, part)
+        flight.then(partial(self._go_on, token, part))
         return flight
 
     def follow(self, token: LeaseToken, part: Part) -> None:
-        """A lone reader has got `part`, which was not read ahead: if that was its second in order, the next one is."""
-        last = self._last.pop(token, None)
-        self._last[token] = part
-        if len(self._last) > LEASES_MAX:
-            self._last.popitem(last=False)
+        """A lone reader has got `part`, which was not read ahead: if that was its second in order, the next ones are."""
+        last = self._remember(token, part)
         if last is not None and _after(last) == part:
-            self._start(token, _after(part))
+            self._go_on(token, part)
 
     def close(self) -> None:
         """Idempotent."""
         for token in list(self._flights):
             self._drop(token)
 
-    def _start(self, token: LeaseToken, part: Part) -> None:
+    def _remember(self, token: LeaseToken, part: Part) -> Part | None:
+        """What the lease's reader asked for last; the one before it."""
+        before = self._last.pop(token, None)
+        self._last[token] = part
+        if len(self._last) > LEASES_MAX:
+            self._last.popitem(last=False)
+        return before
+
+    def _go_on(self, token: LeaseToken, part: Part) -> None:
+        """The reader has come to `part`."""
+        flights = self._flights.get(token, deque())
+        if len(flights) > 1:
+            return
+        for _ in range(RUN):
+            part = _after(flights[-1].part if flights else part)
+            flight = self._start(token, part)
+            if flight is None:
+                break
+            flights.append(flight)
+        if flights:
+            self._flights[token] = flights
+            self._watch(token)
+
+    def _start(self, token: LeaseToken, part: Part) -> Flight | None:
+        """None: its place is not known, there is no buffer, or the disk has too much to do."""
         places = self._places.known(token, [part])
         if places is None:
-            return
+            return None
         (extent,) = places.extents
         buffer = self.buffers.take(pages(part.length))
-        if buffer is None or not isinstance(extent, Extent):
-            places.close()
-            return
-        try:
-            self._flights[token] = Flight(self._engine, part, extent, places, self.buffers, buffer)
-        except Overloaded:
-            places.close()
-            self.buffers.give_back(buffer)
-            return
-        self._timers[token] = asyncio.get_running_loop().call_later(IDLE_S, self._drop, token)
+        if buffer is not None and isinstance(extent, Extent):
+            try:
+                return Flight(self._engine, part, extent, places, self.buffers, buffer)
+            except Overloaded:
+                self.buffers.give_back(buffer)
+        places.close()
+        return None
 
-    def _leave(self, token: LeaseToken) -> Flight | None:
+    def _watch(self, token: LeaseToken) -> None:
         timer = self._timers.pop(token, None)
         if timer is not None:
             timer.cancel()
-        return self._flights.pop(token, None)
+        self._timers[token] = asyncio.get_running_loop().call_later(IDLE_S, self._drop, token)
 
     def _drop(self, token: LeaseToken) -> None:
-        flight = self._leave(token)
-        if flight is not None:
+        """Idempotent."""
+        timer = self._timers.pop(token, None)
+        if timer is not None:
+            timer.cancel()
+        for flight in self._flights.pop(token, ()):
             flight.end()
 
 

@@ -7,7 +7,7 @@ import pytest
 from common.transport import extents, lease_places
 from common.transport.interface import LeaseToken, Part, PartStatus
 from tests.common.disk.test_engines import Gate
-from tests.kvstore.extent_reader import BLOCKS, DEADLINE_S, Reader, segment_fds
+from tests.kvstore.extent_reader import BLOCKS, DEADLINE_S, STRIDE, Reader, segment_fds
 from tests.kvstore.faulty import EIO
 from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, chain, payload, slot_offset
 
@@ -55,6 +55,16 @@ async def test_the_third_block_in_order_is_read_before_it_is_asked_for(reader: R
             await asyncio.sleep(0)
     reader.files.fail["read"] = EIO  # nothing more comes from the disk, and yet
     assert await lone(reader, token, 2) is OK
+    reader.one.store.release(token)
+
+
+async def test_so_many_blocks_are_ahead_of_a_reader_and_no_more(reader: Reader) -> None:
+    token = reader.lease()
+    for item, ahead in enumerate([0, 2, 3, 2, 1, 0]):  # of six blocks, in runs of two
+        assert await lone(reader, token, item) is OK
+        async with asyncio.timeout(DEADLINE_S):
+            while reader.engine.pending or reader.transport._ahead.buffers.taken_bytes != ahead * STRIDE:
+                await asyncio.sleep(0)
     reader.one.store.release(token)
 
 
