@@ -111,6 +111,9 @@ async def test_a_lease_that_ended_gives_what_was_its_or_nothing(reader: Reader) 
     store, token = reader.one.store, reader.lease()
     gate = Gate()
     assert [await lone(reader, token, item) for item in (0, 1, 2)] == [OK] * 3
+    async with asyncio.timeout(DEADLINE_S):
+        while reader.engine.pending:  # what was read ahead has come
+            await asyncio.sleep(0)
     reader.files.fail["read"] = gate
     reading = asyncio.create_task(lone(reader, token, 4))  # known, not read ahead
     await asyncio.to_thread(gate.entered.acquire)
