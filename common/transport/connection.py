@@ -69,6 +69,7 @@ class Connection:
         self._pending: dict[int, Pending] = {}
         self._locating: dict[int, asyncio.Future[Located]] = {}
         self._numbers = 0
+        self._checking = asyncio.Lock()
         self._outbox: deque[tuple[list[Bytes], Pending | None]] = deque()
         self._outbox_filled = asyncio.Event()
         self._ended = ""  # why no more requests are taken
@@ -154,7 +155,7 @@ class Connection:
         received = self._stream.received_bytes
         try:
             async with asyncio.timeout_at(deadline):
-                checksums = [await crc32c_in_turns(view) for view in views] if op is Op.WRITE else [0] * len(parts)
+                checksums = await self._checksums(views) if op is Op.WRITE else [0] * len(parts)
                 await self._budget.acquire(size)
                 pending = self._submit(op, token, parts, spans, views, checksums, deadline, size)
                 return await asyncio.shield(pending.outcome)
@@ -169,6 +170,11 @@ class Connection:
             raise
         except TransferFailed:
             return [PartStatus.FAILED] * len(parts)
+
+    async def _checksums(self, views: list[memoryview]) -> list[int]:
+        """One request after the other, so that the first is on its way while the next is checked."""
+        async with self._checking:
+            return [await crc32c_in_turns(view) for view in views]
 
     def _submit(
         self,

@@ -1,94 +1,42 @@
 """Reads a peer's disk from here: the peer on this host says where, and moves no byte.
 
-1. `read` asks over the connection where its parts lie (LOCATE). The answer brings read-only descriptors.
+1. `read` asks over the connection where its parts lie (LOCATE), unless an answer of before says so
+   (lease_places.py). The answer brings read-only descriptors.
 2. An I/O engine of ours reads the disk and every part is checked against the checksum that came with the
    extent. It reads into the spans where these are on huge pages, else into buffers that are, and copies: that
    takes the processor no longer than to hand the disk a piece for every 4 KiB, and some disks half the time. The lease keeps the peer from writing there; where it ended too early, the checksum
    finds out.
 3. What was not located, or didn't match, is read through the connection: there the peer looks itself, and
    it is the peer who decides that a block is bad.
-4. The descriptors are closed when no read is in flight.
+4. The descriptors are closed when no read is in flight and none is likely to come.
+
+Who reads the blocks of a lease one by one finds the next ones read already (read_ahead.py).
 
 A caller that stops waiting gets its spans back as in `connection.py`: what the disk has begun is waited for, and
 where the disk hangs longer than SETTLE_S the spans are held by the region until it has ended.
 """
 
 import asyncio
-import fcntl
-import os
-import threading
 from collections.abc import Sequence
 
 from common.disk.batch import Batch
 from common.disk.buffers import BufferPool
 from common.disk.engine import Engine
-from common.disk.pages import PAGE_BYTES, address, aligned, pages
-from common.disk.transfer import Op, Transfer
+from common.disk.pages import pages
 from common.errors import Overloaded, TransferFailed
 from common.logs import Log
 from common.transport.connection import SETTLE_S, Connection
 from common.transport.counters import Counters
+from common.transport.extent_read import ExtentRead, WrongBytes
 from common.transport.interface import PARTS_MAX, Extent, LeaseToken, Part, PartStatus, Span
-from common.transport.located import Located
-from common.transport.memory import copy, crc32c
+from common.transport.lease_places import LeasePlaces, Places
+from common.transport.memory import copy
+from common.transport.read_ahead import Flight, ReadAhead
 from common.transport.region import Region
 
 log = Log("extents")
-
-
-class WrongBytes(Exception):
-    """The disk has other bytes there than the peer said."""
-
-
-class ExtentRead:
-    """One part on its way from the disk into a span."""
-
-    def __init__(self, extent: Extent, view: memoryview) -> None:
-        self.view = view
-        self.buffer: memoryview | None = None  # ours, to read through
-        self.direct = bool(fcntl.fcntl(extent.fd, fcntl.F_GETFL) & os.O_DIRECT)
-        self._extent = extent
-        self._wanted = True
-        self._copying = threading.Lock()  # held while the span is written to
-
-    @property
-    def fits(self) -> bool:
-        """Whether the file can be read straight into the span."""
-        return not self.direct or (address(self.view) % PAGE_BYTES == 0 and self._extent.offset % PAGE_BYTES == 0)
-
-    def transfer(self) -> Transfer:
-        """The read, which results in the number of bytes."""
-        if self.buffer is not None:
-            return Transfer(Op.READ, self._extent.fd, [self.buffer], self._extent.offset, self._checked_copy)
-        whole = len(self.view) // PAGE_BYTES * PAGE_BYTES
-        tail = aligned(PAGE_BYTES) if whole < len(self.view) else None
-
-        def check() -> int:
-            if tail is not None:
-                self.view[whole:] = tail[: len(self.view) - whole]
-            return self._checked(self.view)
-
-        buffers = [self.view] if tail is None else [self.view[:whole], tail] if whole else [tail]
-        return Transfer(Op.READ, self._extent.fd, buffers, self._extent.offset, check)
-
-    def give_up(self) -> None:
-        """Nothing is copied into the span any more."""
-        with self._copying:
-            self._wanted = False
-
-    def _checked_copy(self) -> int:
-        assert self.buffer is not None
-        piece = self.buffer[: len(self.view)]
-        length = self._checked(piece)
-        with self._copying:
-            if self._wanted:
-                copy(self.view, piece)
-        return length
-
-    def _checked(self, data: memoryview) -> int:
-        if crc32c(data) != self._extent.checksum:
-            raise WrongBytes
-        return len(data)
+FIRST_BYTES = 8 << 20
+CHUNK_BYTES_MAX = 64 << 20  # of buffers, where there are any, two chunks have room
 
 
 class ExtentTransport:
@@ -99,6 +47,8 @@ class ExtentTransport:
         self.carrier = "extent"  # of the newest read: the connection's own when nothing came by extents
         self.counters = Counters()
         self._connection, self._region, self._engine, self._buffers = connection, region, engine, buffers
+        self._places = LeasePlaces(connection)
+        self._ahead = ReadAhead(self._places, engine)
 
     @property
     def usable(self) -> bool:
@@ -113,13 +63,19 @@ class ExtentTransport:
     ) -> list[PartStatus]:
         deadline = asyncio.get_running_loop().time() + deadline_s
         with self.counters.read.transfer():
-            statuses: list[PartStatus] = []
-            for first in range(0, len(parts), PARTS_MAX):
-                chosen = slice(first, first + PARTS_MAX)
-                statuses += await self._read_disk(token, parts[chosen], into[chosen], deadline)
+            chunks = _chunks(parts)
+            if len(chunks) == 1:
+                statuses = await self._read_located(token, parts, into, deadline)
+            else:
+                async with asyncio.TaskGroup() as group:
+                    reads = [
+                        group.create_task(self._read_located(token, parts[chunk], into[chunk], deadline)) for chunk in chunks
+                    ]
+                statuses = [status for read in reads for status in read.result()]
             left = [i for i, status in enumerate(statuses) if status not in (PartStatus.OK, PartStatus.EXPIRED)]
             self.carrier = "extent" if len(left) < len(parts) else self._connection.carrier
             if left:
+                self._places.forget(token)
                 rest_s = max(0.0, deadline - asyncio.get_running_loop().time())
                 again = await self._connection.read(token, [parts[i] for i in left], [into[i] for i in left], deadline_s=rest_s)
                 for i, status in zip(left, again, strict=True):
@@ -133,45 +89,72 @@ class ExtentTransport:
         return await self._connection.write(token, parts, source, deadline_s=deadline_s)
 
     async def close(self) -> None:
+        self._ahead.close()
+        self._places.close()
         await self._connection.close()
 
     def __repr__(self) -> str:
         return f"ExtentTransport({self._connection!r}, {self._engine.name})"
 
-    async def _read_disk(
+    async def _read_located(
         self, token: LeaseToken, parts: Sequence[Part], into: Sequence[Span], deadline: float
     ) -> list[PartStatus]:
         """OK: the bytes are there, checked. EXPIRED: no time is left. Anything else: to be read in the usual way."""
-        left_s = deadline - asyncio.get_running_loop().time()
+        flight = self._ahead.take(token, parts[0]) if len(parts) == 1 else None
+        if flight is not None:
+            return [await self._land(flight, into[0], deadline)]
         try:
-            located = await self._connection.locate(token, parts, deadline_s=left_s)
+            left_s = deadline - asyncio.get_running_loop().time()
+            places = await self._places.find(token, parts, deadline_s=left_s)
         except TimeoutError:
             return [PartStatus.EXPIRED] * len(parts)
         except TransferFailed:
             return [PartStatus.FAILED] * len(parts)
-        statuses = [PartStatus.FAILED] * len(parts)
+        statuses = await self._read_disk(places, into, deadline)
+        if statuses == [PartStatus.OK]:
+            self._ahead.follow(token, parts[0])
+        return statuses
+
+    async def _land(self, flight: Flight, span: Span, deadline: float) -> PartStatus:
+        """Brings a block that was read ahead to its span."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                outcome = (await asyncio.shield(flight.done))[0]
+            if not isinstance(outcome, int) or self._region.held(span):
+                return PartStatus.FAILED
+            copy(self._region.view(span), flight.view)
+            return PartStatus.OK
+        except TimeoutError:
+            return PartStatus.EXPIRED
+        finally:
+            flight.end()
+
+    async def _read_disk(self, places: Places, into: Sequence[Span], deadline: float) -> list[PartStatus]:
+        """As `_read_located`. Closes the places."""
+        statuses = [PartStatus.FAILED] * len(into)
         reads: dict[int, ExtentRead] = {}
         try:
-            reads = self._readings(located, into)
+            reads = self._readings(places, into)
             await self._take_buffers([read for read in reads.values() if read.direct], deadline)
+            left_s = deadline - asyncio.get_running_loop().time()
             batch = self._engine.submit([read.transfer() for read in reads.values()], left_s)
         except BaseException as error:
-            located.close()
+            places.close()
             self._give_back(reads)
             if isinstance(error, TimeoutError):
-                return [PartStatus.EXPIRED] * len(parts)
+                return [PartStatus.EXPIRED] * len(into)
             if isinstance(error, Overloaded):
                 return statuses
             raise
 
         def ended(_: object) -> None:
-            located.close()
+            places.close()
             self._give_back(reads)
 
         batch.done.add_done_callback(ended)
         await self._wait(batch, reads, [into[i] for i in reads], deadline)
         if not batch.done.done():
-            return [PartStatus.EXPIRED] * len(parts)
+            return [PartStatus.EXPIRED] * len(into)
         for i, outcome in zip(reads, batch.done.result(), strict=True):
             statuses[i] = _status(outcome)
         return statuses
@@ -191,10 +174,10 @@ class ExtentTransport:
                 self._buffers.give_back(read.buffer)
                 read.buffer = None
 
-    def _readings(self, located: Located, into: Sequence[Span]) -> dict[int, ExtentRead]:
+    def _readings(self, places: Places, into: Sequence[Span]) -> dict[int, ExtentRead]:
         """What can be read from here, by number of the part."""
         reads: dict[int, ExtentRead] = {}
-        for i, (extent, span) in enumerate(zip(located.parts, into, strict=False)):
+        for i, (extent, span) in enumerate(zip(places.extents, into, strict=False)):
             if isinstance(extent, Extent) and not self._region.held(span):
                 read = ExtentRead(extent, self._region.view(span))
                 if read.fits:
@@ -232,6 +215,19 @@ class ExtentTransport:
                 self._region.unhold(span)
 
         batch.done.add_done_callback(unhold)
+
+
+def _chunks(parts: Sequence[Part]) -> list[slice]:
+    """What is asked for and read together: little at first, so that the disk has work while the rest is asked for."""
+    chunks: list[slice] = []
+    first, room, bytes_max = 0, FIRST_BYTES, FIRST_BYTES
+    for index, part in enumerate(parts):
+        if index > first and (part.length > room or index - first == PARTS_MAX):
+            chunks.append(slice(first, index))
+            bytes_max = min(2 * bytes_max, CHUNK_BYTES_MAX)
+            first, room = index, bytes_max
+        room -= part.length
+    return [*chunks, slice(first, len(parts))]
 
 
 def _status(outcome: int | BaseException) -> PartStatus:

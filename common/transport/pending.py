@@ -8,6 +8,7 @@ from common.transport.interface import PARTS_MAX, Part, PartStatus, Span
 from common.transport.region import Region
 
 BATCH_BYTES = 8 << 20  # a larger transfer is split, so that disk, wire and checks overlap
+FIRST_BYTES = 2 << 20  # and begins with little, so that they soon do
 
 
 def plan(op: Op, parts: Sequence[Part], spans: Sequence[Span], region: Region) -> tuple[list[PartStatus], list[list[int]]]:
@@ -22,8 +23,8 @@ def plan(op: Op, parts: Sequence[Part], spans: Sequence[Span], region: Region) -
             statuses[index] = PartStatus.FULL
         elif part.length:
             if not batches or part.length > room or len(batches[-1]) == PARTS_MAX:
+                room = min(FIRST_BYTES << len(batches), BATCH_BYTES)
                 batches.append([])
-                room = BATCH_BYTES
             batches[-1].append(index)
             room -= part.length
     return statuses, batches

@@ -11,7 +11,6 @@ from typing import Literal
 
 from common.disk.buffers import BufferPool
 from common.disk.engine import Engine, Machine, open_engine
-from common.disk.pages import shared_memory_is_huge
 from common.errors import Unavailable
 from common.transport.client import Prefer, connect
 from common.transport.connection import Connection
@@ -46,7 +45,7 @@ class TransportPool:
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._disk: Engine | None = None  # for extents, made when first offered some
-        self._disk_buffers = None if shared_memory_is_huge() else BufferPool(DISK_BUFFER_BYTES)
+        self._disk_buffers = None if region.huge else BufferPool(DISK_BUFFER_BYTES)
 
     def transport(self, endpoint: Endpoint) -> "PeerTransport":
         """The peer's transport. Keep it as long as you like: a dropped connection is made anew when next used."""

@@ -53,6 +53,7 @@ class Reception:
         self.epoch = os.urandom(EPOCH_BYTES)
         self.budget = Budget(self.limits.requests_total_max, self.limits.bytes_total_max)
         self.counters = Counters()
+        self.copying = asyncio.Lock()  # one write after the other, so that the disk has the first while the next is copied
         self.draining = False
         self.sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()

@@ -9,23 +9,20 @@ Invariants:
 """
 
 import fcntl
-import mmap
 import os
 import stat
 from collections import Counter
-from contextlib import suppress
 
 from common.errors import InvalidRequest
 from common.transport.interface import Span
+from common.transport.shared_pages import SharedPages
 
-PAGE_BYTES = mmap.PAGESIZE
 REGION_BYTES_MAX = 1 << 42
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_MADV_POPULATE_WRITE = 23  # linux/mman-common.h, since Linux 5.14; not yet in the mmap module
 
 
 class Region:
-    """Our memory, pre-faulted, with an fd that peers on this host may map."""
+    """Our memory, pre-faulted, with an fd that peers on this host may map. `huge`: on huge pages, so fit for direct I/O."""
 
     def __init__(self, size: int, *, name: str = "penstock", prefault: bool = True) -> None:
         if not 0 < size <= REGION_BYTES_MAX:
@@ -35,20 +32,16 @@ class Region:
         try:
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self.fd, size)
+            self._pages = SharedPages(self.fd, size)
         except BaseException:
             os.close(self.fd)
             raise
-        with suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # heeded for shared memory where shmem_enabled is "advise" or more
-        if prefault:
-            _prefault(self._map)
-        self._view = memoryview(self._map)
+        self.huge = prefault and self._pages.make_present()
         self._held: Counter[Span] = Counter()
 
     def view(self, span: Span) -> memoryview:
         """The bytes of a span, writable. Out of bounds raises `InvalidRequest`."""
-        return _slice(self._view, span.offset, span.length)
+        return _slice(self._pages.view, span.offset, span.length)
 
     def hold(self, span: Span) -> None:
         """Notes that a hung peer may still write this span."""
@@ -70,11 +63,7 @@ class Region:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            self._view.release()
-            try:
-                self._map.close()
-            except BufferError:  # somebody still holds a view: the last one to go unmaps
-                del self._map
+            self._pages.close()
 
     def __repr__(self) -> str:
         return f"Region(size={self.size}, held={sum(self._held.values())})"
@@ -83,10 +72,9 @@ class Region:
 class RemoteRegion:
     """A peer's region, mapped here. Every access is checked against its size."""
 
-    def __init__(self, mapping: mmap.mmap, size: int) -> None:
+    def __init__(self, pages: SharedPages, size: int) -> None:
         self.size = size
-        self._map = mapping
-        self._view = memoryview(mapping)
+        self._pages = pages
 
     @classmethod
     def map(cls, fd: int, size: int) -> "RemoteRegion":
@@ -103,33 +91,20 @@ class RemoteRegion:
         if seals & _SEALS != _SEALS:
             raise InvalidRequest(f"region fd: seals {seals:#x}: expected SHRINK and GROW to be sealed", param="fd")
         try:
-            return cls(mmap.mmap(fd, size), size)
+            return cls(SharedPages(fd, size), size)
         except (OSError, ValueError) as error:
             raise InvalidRequest(f"region fd: cannot be mapped for reading and writing: {error}", param="fd") from error
 
     def view(self, offset: int, length: int) -> memoryview:
         """Bytes `[offset, offset + length)`. Out of bounds raises `InvalidRequest`."""
-        return _slice(self._view, offset, length)
+        return _slice(self._pages.view, offset, length)
 
     def close(self) -> None:
         """Unmaps. Views that are still out keep the mapping until they go."""
-        self._view.release()
-        try:
-            self._map.close()
-        except BufferError:
-            del self._map
+        self._pages.close()
 
 
 def _slice(view: memoryview, offset: int, length: int) -> memoryview:
     if offset < 0 or length < 0 or offset + length > len(view):
         raise InvalidRequest(f"span [{offset}, {offset + length}): outside the region's [0, {len(view)})", param="span")
     return view[offset : offset + length]
-
-
-def _prefault(mapping: mmap.mmap) -> None:
-    """Makes every page present: writing to fresh pages costs 5-10 times as much as to present ones."""
-    try:
-        mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError:
-        for offset in range(0, len(mapping), PAGE_BYTES):
-            mapping[offset] = 0

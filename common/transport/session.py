@@ -214,7 +214,8 @@ class Session:
         try:
             with self._counters.write.transfer():
                 if spans is not None:
-                    await write.copy_from(spans)
+                    async with self._reception.copying:
+                        await write.copy_from(spans)
                 if late := self._lateness(event, deadline):
                     write.abort(late)
                 await write.commit()

@@ -1,6 +1,6 @@
 """LMCache's disk backend with O_DIRECT, as its engine uses it: in the process that wants the blocks.
 
-`put` waits for the completion of every write (LMCache doesn't sync), `get` is `get_blocking` key by
+`put` waits for the completion of every write; LMCache doesn't sync: that is done here, and timed apart. `get` is `get_blocking` key by
 key, `batched_get` is `batched_get_blocking`. Eight I/O threads instead of its default of four.
 """
 
@@ -22,7 +22,7 @@ from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from lmcache.v1.storage_backend.local_disk_backend import LocalDiskBackend
 
-from loadtest.peers.worker import Got, Put, Shape, serve
+from loadtest.peers.worker import Got, Put, Shape, serve, sync
 
 PUT_DEADLINE_S = 60.0
 DISK_GIB = 64
@@ -72,9 +72,11 @@ class LMCacheDisk:
         for _ in keys:
             written.acquire(timeout=PUT_DEADLINE_S)
         stored_s = time.perf_counter() - began_s
+        sync([Path(self._disk._key_to_path(key)) for key in keys])
+        durable_s = time.perf_counter() - began_s
         for one in held:
             one.ref_count_down()
-        return Put([i for i, key in enumerate(keys) if self._disk.contains(key)], accepted_s, stored_s)
+        return Put([i for i, key in enumerate(keys) if self._disk.contains(key)], accepted_s, stored_s, durable_s)
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
         self._forget()

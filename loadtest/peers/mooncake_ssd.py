@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtest.peers.worker import Got, Put, Shape, bytes_in, serve, until
+from loadtest.peers.worker import Got, Put, Shape, bytes_in, serve, sync, until
 
 PUT_DEADLINE_S = 30.0
 STORED_DEADLINE_S = 20.0
@@ -91,11 +91,14 @@ class MooncakeSsd:
         for first in range(0, len(blocks), BATCH):
             accepted += self._put_some(round_, list(range(first, min(first + BATCH, len(blocks)))), began_s)
         accepted_s = time.perf_counter() - began_s
-        stored_s = None
+        stored_s = durable_s = None
         if not self._on_evict:
             wanted_bytes = before_bytes + len(accepted) * size
             stored_s = until(lambda: bytes_in(self._folder) >= wanted_bytes, began_s, STORED_DEADLINE_S)
-        return Put(accepted, accepted_s, stored_s)
+        if stored_s is not None:
+            sync([path for path in self._folder.rglob("*") if path.is_file()])
+            durable_s = time.perf_counter() - began_s
+        return Put(accepted, accepted_s, stored_s, durable_s)
 
     def _put_some(self, round_: int, indices: list[int], began_s: float) -> list[int]:
         """Tries until all are taken or the time is up; those that were taken."""

@@ -3,7 +3,8 @@ bytes in its stage over the byte plane.
 
 `put` reserves a chain and writes it; a write is answered when it is durable. `get` looks the chain up
 once and then reads block by block, each awaited before the next; `batched_get` reads all in one call.
-Both times include the lookup and the release.
+All times include the lookup or the reservation, and end when the bytes are there, or durable. The lease goes back after that, as
+a worker's does (and as what the peers' gets return is given back).
 """
 
 import asyncio
@@ -89,9 +90,9 @@ class PenstockKvStore:
         statuses = await transport.write(
             reserved.token, [self._part(i) for i in wanted], [self._span(i) for i in wanted], deadline_s=DEADLINE_S
         )
-        await self._client.release(reserved.token)
         seconds = time.perf_counter() - began_s
-        return Put([i for i, status in zip(wanted, statuses, strict=True) if status is PartStatus.OK], seconds, seconds)
+        await self._client.release(reserved.token)
+        return Put([i for i, status in zip(wanted, statuses, strict=True) if status is PartStatus.OK], seconds, seconds, seconds)
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
         return self._runner.run(self._get(round_, [[i] for i in indices]))
@@ -113,9 +114,9 @@ class PenstockKvStore:
         for piece in pieces:
             parts, spans = [self._part(i) for i in piece], [self._span(i) for i in piece]
             statuses += await transport.read(found.token, parts, spans, deadline_s=DEADLINE_S)
+        seconds = time.perf_counter() - began_s
         await self._client.release(found.token)
         self._carrier = transport.carrier
-        seconds = time.perf_counter() - began_s
         views = zip(indices, statuses, strict=True)
         return Got(seconds, [self._region.view(self._span(i)) if status is PartStatus.OK else None for i, status in views])
 

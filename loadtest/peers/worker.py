@@ -14,11 +14,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
+
+SYNCS = 8  # at once: as many as LMCache has I/O threads
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Put:
-    """What a store took in, by index; seconds until it had said so, and until it was on the disk (None: never seen there)."""
+    """What a store took in, by index; seconds until it had said so, until it was on the disk (None: never seen there),
+    and until it was synced, so that a power cut loses nothing of it."""
 
     accepted: list[int]
     accepted_s: float
     stored_s: float | None
+    durable_s: float | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,20 @@ def forget_cached(folder: Path) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
+
+
+def sync(paths: Sequence[Path]) -> None:
+    """Syncs files, SYNCS at a time, and the folders that they are in."""
+    with ThreadPoolExecutor(SYNCS) as pool:
+        list(pool.map(_sync, [*paths, *{path.parent for path in paths}]))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def bytes_in(folder: Path) -> int:

@@ -20,11 +20,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from common.disk.pages import PAGE_BYTES
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.counters import Counters
 from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus, Span
 from common.transport.memory import copy_with_checksum, crc32c_in_turns
-from common.transport.region import PAGE_BYTES, Region
+from common.transport.region import Region
 from services.worker.lease import Lease, Right
 
 LEASES_MAX = 8192

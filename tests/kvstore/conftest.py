@@ -1,9 +1,10 @@
-"""Both I/O engines under the same tests."""
+"""Both I/O engines under the same tests, and a reader of extents."""
 
 import pytest
 
 from common.disk.ring import RingUnavailable, open_ring
 from tests.kvstore import support
+from tests.kvstore.extent_reader import reader  # noqa: F401
 
 
 @pytest.fixture(params=["io_uring", "threads"])

@@ -3,94 +3,23 @@
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from common.disk.buffers import BufferPool
-from common.disk.engine import Engine, open_engine
 from common.transport import extent_desk
 from common.transport.client import connect
-from common.transport.connection import Connection
-from common.transport.extents import ExtentTransport
 from common.transport.frames import Offers
 from common.transport.interface import Endpoint, Extent, LeaseToken, Part, PartStatus, Span
 from common.transport.pool import TransportPool
-from common.transport.region import Region
 from common.transport.server import serve_bytes
 from tests.common.disk.test_engines import Gate
+from tests.kvstore.extent_reader import BLOCKS, DEADLINE_S, Reader, segment_fds
 from tests.kvstore.faulty import EIO, FailingFiles
-from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, Clock, Rig, chain, options, payload, rig, slot_offset
+from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, chain, payload, slot_offset
 
 pytestmark = pytest.mark.usefixtures("engine")
 OK, REJECTED = PartStatus.OK, PartStatus.REJECTED
-STRIDE = 8192
-BLOCKS = 6
-DEADLINE_S = 30.0
-
-
-class Reader:
-    """The other process' half, here: a region, and a transport that reads extents into it."""
-
-    def __init__(
-        self, one: Rig, region: Region, connection: Connection, files: FailingFiles, engine: Engine, buffers: BufferPool | None
-    ) -> None:
-        self.one, self.region, self.connection, self.files, self.engine = one, region, connection, files, engine
-        self.transport = ExtentTransport(connection, region, engine, buffers)
-        self.buffers = buffers
-        self.keys = chain(BLOCKS)
-        self.parts = [Part(i, 0, LENGTH) for i in range(BLOCKS)]
-        self.spans = [Span(i * STRIDE, LENGTH) for i in range(BLOCKS)]
-
-    def lease(self) -> LeaseToken:
-        found = self.one.store.lookup(NAMESPACE, self.keys, None, lease=True)
-        assert found.blocks == BLOCKS and found.token is not None
-        return found.token
-
-    async def read(self, token: LeaseToken, deadline_s: float = DEADLINE_S) -> list[PartStatus]:
-        return await self.transport.read(token, self.parts, self.spans, deadline_s=deadline_s)
-
-    def bytes(self, i: int) -> bytes:
-        return bytes(self.region.view(self.spans[i]))
-
-
-def segment_fds() -> int:
-    """Descriptors of segment files that this process has."""
-    names = []
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sum(".seg" in name for name in names)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def files() -> Iterator[FailingFiles]:
-    yield FailingFiles()
-
-
-@pytest.fixture(params=["direct", "direct, through buffers", "buffered"])
-async def reader(
-    tmp_path: Path, clock: Clock, files: FailingFiles, engine: str, request: pytest.FixtureRequest
-) -> AsyncIterator[Reader]:
-    region = Region(BLOCKS * STRIDE)
-    reads = open_engine(files, engine, label="extents", depth=4, pending_max=100)  # type: ignore[arg-type]
-    async with rig(tmp_path / "data", options(direct=request.param != "buffered"), clock=clock) as one:
-        assert await one.put(chain(BLOCKS)) == [OK] * BLOCKS
-        server = await serve_bytes(one.area, tcp=("127.0.0.1", 0), shm_path=tmp_path / "s")
-        connection = await connect(server.endpoint, region, prefer="shm")
-        buffers = BufferPool(1 << 20) if "through" in request.param else None
-        yield Reader(one, region, connection, files, reads, buffers)
-        await connection.close()
-        await server.close()
-        reads.close()
-    region.close()
 
 
 async def test_the_reader_reads_the_disk_and_the_store_moves_no_byte(reader: Reader) -> None:
@@ -130,11 +59,11 @@ async def test_a_range_of_a_block_comes_through_the_store(reader: Reader) -> Non
     reader.one.store.release(token)
 
 
-async def test_a_wrong_ended_or_foreign_token_gets_nothing(reader: Reader, clock: Clock) -> None:
+async def test_a_wrong_ended_or_foreign_token_gets_nothing(reader: Reader) -> None:
     store, before = reader.one.store, segment_fds()
     ended, expired = reader.lease(), reader.lease()
     store.release(ended)
-    clock.now += 3600
+    reader.clock.now += 3600
     other_epoch = LeaseToken(os.urandom(16))
     for token in (ended, expired, other_epoch, LeaseToken(bytes(16))):
         assert await reader.read(token) == [REJECTED] * BLOCKS
@@ -243,7 +172,7 @@ async def test_blocks_in_more_files_than_one_answer_carries_are_read_through_the
     reader.one.store.release(token)
 
 
-async def test_a_segment_that_cannot_be_opened_for_readers_is_read_through_the_store(reader: Reader, files: FailingFiles) -> None:
+async def test_a_segment_that_cannot_be_opened_for_readers_is_read_through_the_store(reader: Reader) -> None:
     class Closed(FailingFiles):
         def open(self, path: Path, flags: int) -> int:
             raise OSError(errno.EMFILE, "too many open files")

@@ -25,7 +25,7 @@ class Forgetful:
         self.stored |= {(round_, i): block for i, block in enumerate(blocks)}
         self.stored.pop((round_, 1))
         self.stored[round_, 2] = b"x" + self.stored[round_, 2][1:]
-        return Put(list(range(len(blocks))), 0.5, None)
+        return Put(list(range(len(blocks))), 0.5, None, None)
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
         found = [self.stored.get((round_, i)) for i in indices]
@@ -39,7 +39,7 @@ class Forgetful:
 
 def test_lost_and_wrong_blocks_are_told_apart_from_right_ones(tmp_path: Path) -> None:
     session = Session(Forgetful(), SHAPE, tmp_path)
-    assert session.put(0) == {"accepted": 4, "accepted_s": 0.5, "stored_s": None}
+    assert session.put(0) == {"accepted": 4, "accepted_s": 0.5, "stored_s": None, "durable_s": None}
     assert session.get(0) == {"seconds": 1.0, "asked": 4, "right": 2, "wrong": 1}
     session.put(1)
     assert session.verify() == {"asked": 8, "right": 4, "wrong": 2, "how": "in memory"}

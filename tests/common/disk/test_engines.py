@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.disk import ring as ring_module
+from common.disk import ring_engine
 from common.disk.batch import NotStarted
 from common.disk.devices import DeviceEngines
 from common.disk.engine import Engine, Machine, open_engine
@@ -215,6 +216,30 @@ async def test_what_the_kernel_has_no_room_for_goes_again(fd: int) -> None:
     engine = open_engine(Busy(), "io_uring", label="test", depth=2, pending_max=10)
     assert await engine.submit([read(fd, page) for page in range(3)]).done == [PAGE_BYTES] * 3
     assert len(refused) == 3
+    engine.close()
+
+
+async def test_no_more_than_enough_bytes_are_at_the_kernel_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_engine, "KERNEL_BYTES", 2 * PAGE_BYTES)
+    at_once = []
+
+    class Watched(Machine):
+        def ring(self, entries: int) -> Ring:
+            return WatchedRing(entries)
+
+    class WatchedRing(Ring):
+        def submit(self, *, wait: bool = False) -> None:
+            at_once.append(self.in_flight)
+            super().submit(wait=wait)
+
+    if _ring_reason():
+        pytest.skip(_ring_reason())
+    engine = open_engine(Watched(), "io_uring", label="test", depth=8, pending_max=20)
+    pages = [read(fd, page) for page in range(PAGES)]
+    broken = Transfer(Op.READ, -5, [aligned(PAGE_BYTES)])
+    results = await engine.submit([*pages, broken, *pages]).done
+    assert results[:PAGES] == results[PAGES + 1 :] == [PAGE_BYTES] * PAGES and max(at_once) == 2
+    assert await engine.submit([read(fd, 0, PAGES)]).done == [PAGES * PAGE_BYTES]  # one that is larger goes alone
     engine.close()
 
 

@@ -3,10 +3,13 @@
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 
+from common.disk.pages import HUGE_BYTES, address
 from common.errors import InvalidRequest
+from common.transport import shared_pages
 from common.transport.interface import Span
 from common.transport.region import Region, RemoteRegion
 
@@ -94,3 +97,34 @@ def test_an_impossible_size_is_refused() -> None:
     for size in (0, -1, 1 << 50):
         with pytest.raises(InvalidRequest, match="region size"):
             Region(size)
+
+
+def huge_bytes_of(name: str) -> int:
+    """Of this process' mapping of that memfd: what lies on huge pages."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if f"memfd:{name} " in line:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
+    raise AssertionError(name)
+
+
+def test_a_region_says_whether_it_is_on_huge_pages_and_starts_on_one() -> None:
+    size = 2 * HUGE_BYTES + 4096  # what is over takes an ordinary page
+    region = Region(size, name="on-huge-pages")
+    view = region.view(Span(0, size))
+    assert address(view) % HUGE_BYTES == 0 and not any(view)
+    assert region.huge is (huge_bytes_of("on-huge-pages") == 2 * HUGE_BYTES)
+    remote = RemoteRegion.map(region.fd, size)
+    view[-1] = view[HUGE_BYTES] = 7
+    assert bytes(remote.view(size - 1, 1)) == bytes(remote.view(HUGE_BYTES, 1)) == b"\7"
+    remote.close()
+    view.release()
+    region.close()
+
+
+def test_where_the_kernel_collapses_nothing_a_region_is_present_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_pages, "_MADV_COLLAPSE", 9999)  # as before Linux 6.1
+    size = 2 * HUGE_BYTES
+    region = Region(size, name="on-small-pages")
+    assert region.huge is False and os.fstat(region.fd).st_blocks * 512 == size
+    region.close()
