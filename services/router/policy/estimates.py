@@ -58,6 +58,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         work_s: seconds of links and workers that it keeps busy, all added up.
         error: how far off it may be, relative.
         computed_tokens: prompt tokens that are computed, those of stored blocks included.
+        moved: bytes over each path. `queued`: those of them that will wait there: what comes no faster than it goes on does not.
         guess, busy_guess: see `rates.py`.
     """
 
@@ -78,17 +79,18 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     error: float
     computed_tokens: int
     moved: Moved = Moved()
+    queued: Moved = Moved()
     guess: bool = False
     busy_guess: bool = False
 
     def of_decode(self, tokens: int) -> Demand:
         """What it asks of the decode worker, for a request of so many tokens."""
-        moved, computed = self.moved, 0 if self.prefill else self.computed_tokens
-        return Demand(tokens, computed, moved.storage_to_decode, moved.decode_to_prefill, moved.prefill_to_decode)
+        queued, computed = self.queued, 0 if self.prefill else self.computed_tokens
+        return Demand(tokens, computed, queued.storage_to_decode, queued.decode_to_prefill, queued.prefill_to_decode)
 
     def of_prefill(self) -> Demand:
-        moved, computed = self.moved, self.computed_tokens
-        return Demand(computed, computed, moved.storage_to_prefill, moved.decode_to_prefill, moved.prefill_to_decode)
+        queued, computed = self.queued, self.computed_tokens
+        return Demand(computed, computed, queued.storage_to_prefill, queued.decode_to_prefill, queued.prefill_to_decode)
 
 
 class Division(msgspec.Struct, frozen=True):
@@ -192,6 +194,7 @@ class Pair:
             error=GUESS_ERROR if guess else self._settings.error_band,
             computed_tokens=computed_tokens,
             moved=traffic.in_bytes(self._view.stored_bytes_per_block, self._view.bytes_per_block),
+            queued=paths.queued(traffic).in_bytes(self._view.stored_bytes_per_block, self._view.bytes_per_block),
             guess=guess,
             busy_guess=any(pipe.busy_guess for pipe in used),
         )

@@ -63,6 +63,15 @@ class Paths(msgspec.Struct, frozen=True):
         """All that a plan with these loads depends on."""
         return [*map(self.load, loads), self.compute, *([self.peer_write] if self.peer_write is not None else [])]
 
+    def queued(self, blocks: Moved) -> Moved:
+        """Of these blocks, what will wait at each link: all at a storage link; between workers, what storage brings faster than it goes on."""
+        return Moved(
+            blocks.storage_to_decode,
+            blocks.storage_to_prefill,
+            round(blocks.decode_to_prefill * _excess(self.decode_storage, self.peer_read)),
+            round(blocks.prefill_to_decode * _excess(self.prefill_storage, self.peer_write)),
+        )
+
     def work_s(self, blocks: Moved) -> float:
         """Seconds that moving these blocks keeps links busy, all added up."""
         pairs = (
@@ -72,3 +81,8 @@ class Paths(msgspec.Struct, frozen=True):
             (self.peer_write, blocks.prefill_to_decode),
         )
         return sum(pipe.over_s(amount) for pipe, amount in pairs if pipe is not None)
+
+
+def _excess(before: Pipe | None, after: Pipe | None) -> float:
+    """Of two pipes in a row, the share of what goes through that heaps up between them."""
+    return max(0.0, 1.0 - after.per_s / before.per_s) if before is not None and after is not None else 0.0
