@@ -2,10 +2,13 @@
 
 Synchronous, owned by one thread (services/worker/engine/loop.py). A step is
 
-    plan          in order of arrival, runs whose next blocks can be computed, to a quota of compute time (quota.py)
+    plan          runs whose next blocks can be computed, those soonest due first, to a quota of compute time (quota.py)
     run           one forward pass; at each layer `_Gate` first waits for that layer of the prefixes, then says that
                   the layer of what was computed is there
     postprocess   a run whose last token was computed samples its first output token and ends
+
+A run is due `STRETCH` times as long after it came as computing it takes. So a turn's short tail does not wait for a long prompt
+that is computed from its start, and that prompt waits for no run that comes later than so.
 
 Chunks end on block borders, except the last, so that a layer of a block is sent once. A run whose prefix fails or is late
 within a step loses its part of that step, and nobody else does: its rows are computed and forgotten, and it is planned
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LATE_S = 0.25  # how long a batch waits for one run's layer
 LATE_ALONE_S = 5.0  # the same with nobody else in the batch
+STRETCH = 2.0
 
 
 class NewRun(NewSequence, frozen=True, kw_only=True):
@@ -59,6 +63,11 @@ class Run:
         self.sequence.blocks = list(new.slots)
         self.ledger = new.ledger
         self.layers_wanted = 1
+        self.came_s = time.monotonic()
+
+    def due_s(self, blocks_per_s: float) -> float:
+        """Until when it should be computed. Where no speed is known yet, all are due when they come."""
+        return self.came_s + (STRETCH * self.ledger.to_compute / blocks_per_s if blocks_per_s else 0.0)
 
 
 @dataclass(slots=True)
@@ -207,7 +216,8 @@ class PrefillEngine:
     def _plan(self) -> list[Piece]:
         budget, tokens_left = self._quota.equivalents, self._step_tokens_max
         pieces: list[Piece] = []
-        for run in self._live.values():
+        blocks_per_s = self._quota.speed.tokens_per_s / self._block_tokens
+        for run in sorted(self._live.values(), key=lambda run: run.due_s(blocks_per_s)):
             if len(pieces) == self._sequences_max or tokens_left < self._block_tokens:
                 break
             open_run = run.ledger.next_run(run.layers_wanted)

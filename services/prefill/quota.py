@@ -1,8 +1,8 @@
-"""How much prefill computes in one step: FIFO packing to a quota of compute time (DualPath, arXiv 2602.21548, section 5). Pure.
+"""How much prefill computes in one step: packing to a quota of compute time (DualPath, arXiv 2602.21548, section 5). Pure.
 
 Cost is counted in token equivalents: a token that attends to `c` keys costs `1 + c / attention_tokens`, where
 `attention_tokens` is the context at which attention costs as much as everything else. The quota is what the engine was
-measured to do in `QUOTA_S`. Sequences are packed in order of arrival; the one that overflows gets the longest chunk that
+measured to do in `QUOTA_S`. Sequences are packed in the engine's order; the one that overflows gets the longest chunk that
 fits, found by binary search.
 """
 
