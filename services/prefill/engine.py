@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 LATE_S = 0.25  # how long a batch waits for one run's layer
 LATE_ALONE_S = 5.0  # the same with nobody else in the batch
-STRETCH = 2.0
+STRETCH = 2.0  # how long after it came a run is due, over the time that computing it takes
 
 
 class NewRun(NewSequence, frozen=True, kw_only=True):

@@ -112,9 +112,9 @@ class _Pulling:
             self._order.landed(came, last)
         if lost:
             self._order.lost(lost)
-        if layer:
-            self._queued.less(len(blocks) * (last - layer) * layout.bytes_per_layer_slice)
-        self._queued.more(len(came) * (layout.layers - last) * layout.bytes_per_layer_slice if not layer else 0)
+        if layer:  # the peer has them since their first layer came
+            self._queued.less(len(blocks) * (layout.layers - layer) * layout.bytes_per_layer_slice)
+        self._queued.more(len(came) * (layout.layers - last) * layout.bytes_per_layer_slice)
         async with self._news:
             if came and last < layout.layers:
                 heapq.heappush(self._tiles, (last, next(self._serial), came))

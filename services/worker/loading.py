@@ -140,7 +140,7 @@ class Reader:
         self._stores = stores
         self.free = simulate_free_loads  # for experiments: everything counts as loaded at once, whatever the slots hold
         self.link = Link()
-        self._turns: defaultdict[Endpoint, Turns] = defaultdict(lambda: Turns(READS_IN_FLIGHT))
+        self._turns: defaultdict[str, Turns] = defaultdict(lambda: Turns(READS_IN_FLIGHT))
         self._pulls = count()
 
     def bytes_in_slot(self, form: Form) -> int:
@@ -152,16 +152,19 @@ class Reader:
         failed: dict[int, PartStatus] = {}
         carrier = ""
         until = time.monotonic() + pull.deadline_s
-        number, turns = next(self._pulls), self._turns[pull.stored.endpoint]
+        number, turns = next(self._pulls), self._turns[pull.stored.kvstore]
         renewing = asyncio.create_task(self._renew(pull.stored))
         with self.link.queued(pull.blocks * self._codec.bytes_per_block) as queued:
 
             async def work() -> None:
                 nonlocal carrier
                 while blocks := await pull.batches():
-                    lost = not carrier and not UNANSWERED.isdisjoint(failed.values())  # nobody is there: don't try again
-                    async with turns.turn(number):
-                        statuses = [PartStatus.FAILED] * len(blocks) if lost else await self._read(pull, blocks, until)
+                    async with turns.turn(number) as answers:
+                        silent = not carrier and not UNANSWERED.isdisjoint(failed.values())  # nobody is there: don't try again
+                        if silent or not answers:
+                            statuses: Sequence[PartStatus] = [PartStatus.FAILED] * len(blocks)
+                        else:
+                            statuses = await self._read(pull, blocks, until, turns)
                     if PartStatus.OK in statuses:
                         carrier = self._carrier(pull)
                     bad = {block: status for block, status in zip(blocks, statuses, strict=True) if status is not PartStatus.OK}
@@ -171,24 +174,26 @@ class Reader:
 
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(READS_IN_FLIGHT):
+                    for _ in range(READS_IN_FLIGHT + 1):  # one waits, so that the next turn is ours, not a later request's
                         group.create_task(work())
             finally:
                 renewing.cancel()
         first = min(failed, default=0)
         return Loaded(carrier, f"block {first} of {pull.stored.blocks}: {failed[first].name.lower()}" if failed else "")
 
-    async def _read(self, pull: Pull, blocks: Sequence[int], until: float) -> Sequence[PartStatus]:
+    async def _read(self, pull: Pull, blocks: Sequence[int], until: float, turns: Turns) -> Sequence[PartStatus]:
         if self.free:
             return [PartStatus.OK] * len(blocks)
         transport = self._transports.transport(pull.stored.endpoint)
         size = self._codec.bytes_per_block
         parts = [Part(block, 0, size) for block in blocks]
         spans = [self._stage.span(pull.slots[block], 0, size) for block in blocks]
-        deadline_s = max(0.0, min(until - time.monotonic(), self.link.patience_s))
+        left_s, patience_s = max(0.0, until - time.monotonic()), self.link.patience_s
         with self.link.moving() as came, pull.moved.transfer():
-            statuses = await transport.read(pull.stored.token, parts, spans, deadline_s=deadline_s)
+            statuses = await transport.read(pull.stored.token, parts, spans, deadline_s=min(left_s, patience_s))
             came(size * statuses.count(PartStatus.OK))
+        if PartStatus.EXPIRED in statuses and patience_s <= left_s:
+            turns.stalled()
         pull.moved.count(statuses, [size] * len(blocks))
         if pull.form is Form.RAW:
             good = (block for block, status in zip(blocks, statuses, strict=True) if status is PartStatus.OK)

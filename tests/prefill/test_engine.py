@@ -191,6 +191,21 @@ def test_runs_share_a_step_to_the_quota_in_order_of_arrival(rig: Rig) -> None:
         assert rig.first(str(number)) == rig.model.generate(make_prompt(24, seed=number), 1)[0][0]
 
 
+def test_a_short_run_goes_before_a_long_one_that_came_first_but_not_before_one_that_is_due(llama: Tiny) -> None:
+    rig = Rig(llama)
+    rig.engine._quota.speed.measured(BLOCK, 100.0)  # so slow that nothing is due while this test runs
+    long = rig.new("long", make_prompt(200))
+    rig.new("short", make_prompt(20))
+    rig.step()
+    assert [step.computed for step in rig.steps["short"]] == [20] and rig.steps["long"][0].computed == 32
+    rig.engine._live["long"].came_s -= 1e6
+    rig.new("later", make_prompt(20))
+    rig.step()
+    assert rig.steps["long"][-1].computed == 96 and "later" not in rig.steps
+    rig.run()
+    assert rig.first("long") == rig.model.generate(make_prompt(200), 1)[0][0] and len(long.slots) == 13
+
+
 def test_a_cancelled_run_is_forgotten_and_its_slots_are_not_touched_again(rig: Rig) -> None:
     run = rig.new("gone", make_prompt(200))
     rig.step()

@@ -36,3 +36,20 @@ async def test_who_is_cancelled_while_waiting_or_just_called_leaves_the_turn_to_
     assert not held.is_set()
     async with asyncio.timeout(5), turns.turn(3):
         pass
+
+
+async def test_who_waited_while_the_peer_was_found_stalled_is_told_and_who_comes_later_is_not() -> None:
+    turns, told = Turns(1), []
+
+    async def take(number: int) -> None:
+        async with turns.turn(number) as answers:
+            told.append((number, answers))
+
+    async with asyncio.TaskGroup() as group, turns.turn(0) as answers:
+        assert answers
+        for number in (1, 2):
+            group.create_task(take(number))
+        await asyncio.sleep(0)
+        turns.stalled()
+    await take(3)
+    assert told == [(1, False), (2, False), (3, True)]
