@@ -204,6 +204,15 @@ def slot_offset(folder: Path, key: bytes) -> tuple[Path, int]:
     raise AssertionError("the block is not on disk")
 
 
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    """Turns one bit of a file over."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
 def bytes_on_disk(folder: Path) -> int:
     """Of all files, in whole pages."""
     return sum(pages(path.stat().st_size) for path in folder.rglob("*") if path.is_file())

@@ -21,6 +21,7 @@ from tests.kvstore.support import (
     Rig,
     bytes_on_disk,
     chain,
+    flip,
     leftovers,
     offers,
     options,
@@ -65,11 +66,7 @@ async def _spoil(one: Rig, files: RecordingFiles) -> None:
     """Damages a block on the disk, lets it be found (it is erased), and writes another one into its slot."""
     key = min(one.stored(NAMESPACE))
     path, offset = slot_offset(files.root, key)
-    with path.open("r+b") as file:
-        file.seek(offset + PAGE_BYTES)
-        byte = file.read(1)[0]
-        file.seek(offset + PAGE_BYTES)
-        file.write(bytes([byte ^ 1]))
+    flip(path, offset + PAGE_BYTES)
     assert await one.get([key], length=LENGTH) == [PartStatus.CORRUPT]
     files.mark(_stored(one))
     await one.store.settle()

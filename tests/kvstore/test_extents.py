@@ -16,7 +16,7 @@ from common.transport.server import serve_bytes
 from tests.common.disk.test_engines import Gate
 from tests.kvstore.extent_reader import BLOCKS, DEADLINE_S, Reader, segment_fds
 from tests.kvstore.faulty import EIO, FailingFiles
-from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, chain, payload, slot_offset
+from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, chain, flip, payload, slot_offset
 
 pytestmark = pytest.mark.usefixtures("engine")
 OK, REJECTED = PartStatus.OK, PartStatus.REJECTED
@@ -99,11 +99,7 @@ async def test_a_reader_that_stalls_past_its_lease_never_takes_another_blocks_by
 
 async def test_a_damaged_block_is_found_by_the_reader_and_condemned_by_the_store(reader: Reader, tmp_path: Path) -> None:
     path, offset = slot_offset(tmp_path / "data", reader.keys[3])
-    with path.open("r+b") as file:
-        file.seek(offset + 4096 + 17)
-        byte = file.read(1)[0]
-        file.seek(offset + 4096 + 17)
-        file.write(bytes([byte ^ 4]))
+    flip(path, offset + 4096 + 17)
     token = reader.lease()
     statuses = await reader.read(token)
     assert statuses == [OK] * 3 + [PartStatus.CORRUPT] + [OK] * 2

@@ -24,6 +24,7 @@ from tests.kvstore.support import (
     Rig,
     bytes_on_disk,
     chain,
+    flip,
     leftovers,
     offers,
     options,
@@ -44,14 +45,6 @@ async def filled(folder: Path, blocks: int = 10) -> list[bytes]:
     async with rig(folder) as one:
         assert await one.put(keys) == [OK] * blocks
     return keys
-
-
-def flip(path: Path, offset: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1 << bit]))
 
 
 @pytest.mark.parametrize("place", [0, 9, 13, 20, 60, 100, 115, 121, 125, 129, 133, 2000, 4093])

@@ -23,7 +23,7 @@ from services.kvstore.chunks import (
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import PAGE_BYTES, PAYLOAD_BYTES_MAX
 from tests.kvstore.faulty import EIO, FailingFiles
-from tests.kvstore.support import NAMESPACE, Rig, chain, options, payload, rig, slot_offset
+from tests.kvstore.support import NAMESPACE, Rig, chain, flip, options, payload, rig, slot_offset
 
 pytestmark = pytest.mark.usefixtures("engine")
 OK = PartStatus.OK
@@ -103,14 +103,6 @@ async def test_a_range_reads_its_chunks_and_the_slot_page_once(tmp_path: Path) -
         files.lengths.clear()
         await get(one, keys, [(10, SIZE // 2)])
         assert max(files.lengths) >= SIZE  # most of the block: all of it
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 8]))
 
 
 async def test_damage_in_the_range_is_found_and_damage_elsewhere_harms_nobody(tmp_path: Path) -> None:

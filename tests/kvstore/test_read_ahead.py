@@ -9,7 +9,7 @@ from common.transport.interface import LeaseToken, Part, PartStatus
 from tests.common.disk.test_engines import Gate
 from tests.kvstore.extent_reader import BLOCKS, DEADLINE_S, STRIDE, Reader, segment_fds
 from tests.kvstore.faulty import EIO
-from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, chain, payload, slot_offset
+from tests.kvstore.support import CAPACITY, LENGTH, NAMESPACE, chain, flip, payload, slot_offset
 
 pytestmark = pytest.mark.usefixtures("engine")
 OK = PartStatus.OK
@@ -129,11 +129,7 @@ async def test_a_lease_that_ended_gives_what_was_its_or_nothing(reader: Reader) 
 
 async def test_a_damaged_block_read_ahead_is_condemned_by_the_store_alone(reader: Reader) -> None:
     path, offset = slot_offset(reader.one.store.disks[0].folder, reader.keys[2])
-    with path.open("r+b") as file:
-        file.seek(offset + 4096 + 17)
-        byte = file.read(1)[0]
-        file.seek(offset + 4096 + 17)
-        file.write(bytes([byte ^ 4]))
+    flip(path, offset + 4096 + 17)
     token = reader.lease()
     statuses = [await lone(reader, token, item) for item in range(BLOCKS)]
     assert statuses == [OK, OK, PartStatus.CORRUPT, OK, OK, OK]

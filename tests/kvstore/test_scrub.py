@@ -10,7 +10,7 @@ from common.transport.interface import PartStatus
 from services.kvstore.removal import remove_coldest, remove_keys, remove_namespace
 from services.kvstore.scrub import Scrub, ScrubState
 from tests.kvstore.faulty import FailingFiles
-from tests.kvstore.support import LENGTH, NAMESPACE, OTHER, Rig, bytes_on_disk, chain, rig, slot_offset
+from tests.kvstore.support import LENGTH, NAMESPACE, OTHER, Rig, bytes_on_disk, chain, flip, rig, slot_offset
 
 OK = PartStatus.OK
 FAST = 1 << 40
@@ -20,13 +20,9 @@ def scrub_of(one: Rig, seed: int = 0, bytes_per_s: int = FAST, every_s: float = 
     return Scrub(one.store, bytes_per_s=bytes_per_s, every_s=every_s, choice=random.Random(seed))
 
 
-def flip(folder: Path, key: bytes, within: int) -> None:
+def flip_in(folder: Path, key: bytes, within: int) -> None:
     path, offset = slot_offset(folder, key)
-    with path.open("r+b") as file:
-        file.seek(offset + within)
-        byte = file.read(1)[0]
-        file.seek(offset + within)
-        file.write(bytes([byte ^ 4]))
+    flip(path, offset + within, 2)
 
 
 async def test_a_pass_reads_every_block_and_changes_nothing_that_is_good(tmp_path: Path) -> None:
@@ -47,8 +43,8 @@ async def test_bad_payloads_and_headers_become_misses_and_stay_so(tmp_path: Path
     keys = chain(12)
     async with rig(tmp_path) as one:
         await one.put(keys)
-        flip(tmp_path, keys[3], 4096 + LENGTH - 1)  # payload
-        flip(tmp_path, keys[7], 80)  # the header's parent
+        flip_in(tmp_path, keys[3], 4096 + LENGTH - 1)  # payload
+        flip_in(tmp_path, keys[7], 80)  # the header's parent
         scrub = scrub_of(one)
         await scrub.run_once()
         await one.store.settle()
