@@ -94,7 +94,7 @@ def start_stack(model_dir: Path) -> StackMaker:
                 "port": 0,
                 "decode": tuple(worker.address for worker in workers),
                 "kvstore": tuple(store.address for store in kept),
-                "ready_needs_kvstore": False,
+                "ready_needs_kvstore": stores > 0,  # what a test says of a store is asked of a store that is connected
                 "drain_s": 1.0,
             }
             router = await stack.enter_async_context(

@@ -328,7 +328,7 @@ async def test_ready_says_why_not_and_health_does_not_care(start_stack: StackMak
 
 
 async def test_ready_waits_for_a_kvstore_unless_told_otherwise(start_stack: StackMaker) -> None:
-    async with start_stack(stores=1, ready_needs_kvstore=True) as stack:
+    async with start_stack(stores=1) as stack:
         assert (await stack.http.get("/ready")).json() == {"ready": True}
     async with (
         ScriptedDecode("d").running() as worker,

@@ -52,7 +52,7 @@ async def settled(stack: Stack) -> None:
 
 async def test_a_chain_is_kept_by_as_many_stores_as_replicas_says(start_stack: StackMaker) -> None:
     for replicas in (1, 2, 3):
-        async with start_stack(stores=3, replicas=replicas, ready_needs_kvstore=True) as stack:
+        async with start_stack(stores=3, replicas=replicas) as stack:
             kept, _ = await placed(stack)
             assert len(kept) == replicas
             assert [len(store.lookups) for store in stack.stores if store in kept] == [1] * replicas
@@ -60,7 +60,7 @@ async def test_a_chain_is_kept_by_as_many_stores_as_replicas_says(start_stack: S
 
 
 async def test_the_longest_prefix_is_read_wherever_it_is(start_stack: StackMaker) -> None:
-    async with start_stack(stores=2, replicas=2, ready_needs_kvstore=True) as stack:
+    async with start_stack(stores=2, replicas=2) as stack:
         (first, second), _ = await placed(stack)
         for blocks, reader in (((3, 5), second), ((5, 3), first), ((4, 4), first), ((0, 2), second)):
             first.blocks, second.blocks = blocks
@@ -73,7 +73,7 @@ async def test_the_longest_prefix_is_read_wherever_it_is(start_stack: StackMaker
 
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_a_replica_that_does_not_answer_costs_nothing_but_its_blocks(start_stack: StackMaker, lost: int) -> None:
-    async with start_stack(stores=2, replicas=2, lookup_timeout_ms=50, ready_needs_kvstore=True) as stack:
+    async with start_stack(stores=2, replicas=2, lookup_timeout_ms=50) as stack:
         both, _ = await placed(stack)
         both[0].blocks = both[1].blocks = 5
         both[lost].hang = True
