@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import msgspec
@@ -45,7 +46,12 @@ class Drive:
         after = self._path_bytes()
         self._until_stored()
         moved = {path: count - before.get(path, 0.0) for path, count in after.items()}
-        return Done(wall_s, sorted(self._samples, key=lambda sample: sample.sent_s), moved)
+        return Done(wall_s, sorted(self._samples, key=lambda sample: sample.sent_s), moved, self._explained())
+
+    def _explained(self) -> dict[str, Any]:
+        """What the router knew, reckoned and chose for each request; it keeps the last few hundred."""
+        replies = ((sample.request_id, self._http.get(f"/v1/penstock/explain/{sample.request_id}")) for sample in self._samples)
+        return {name: reply.json()["decisions"][-1] for name, reply in replies if reply.status_code == 200}
 
     def _live(self, agent: Agent, start_s: float) -> None:
         time.sleep(max(0.0, start_s - self._now()))

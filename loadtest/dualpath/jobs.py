@@ -1,5 +1,7 @@
 """What is asked of the agents' process, what it answers, and what is measured beside it. Only data: it crosses processes and lies in files."""
 
+from typing import Any
+
 import msgspec
 
 from loadtest.dualpath.links import Rates
@@ -27,11 +29,18 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What happened. `wall_s`: from the first request to the last token. `path_bytes`: what the services say they moved meanwhile."""
+    """What happened.
+
+    Attributes:
+        wall_s: from the first request to the last token.
+        path_bytes: what the services say they moved meanwhile.
+        explained: what `penstock explain` says of each request, by its id.
+    """
 
     wall_s: float
     samples: list[Sample]
     path_bytes: dict[str, float]
+    explained: dict[str, Any] = {}
 
 
 class Tick(msgspec.Struct, frozen=True):
