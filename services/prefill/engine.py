@@ -144,19 +144,24 @@ class PrefillEngine:
     ) -> None:
         self.model = model
         self.context_tokens = context_tokens
-        self._block_tokens = model.layout.block_tokens
+        self.block_tokens = model.layout.block_tokens
         self._layerwise = layerwise
         self.announce: Announce = lambda layer, computed: None
-        self._forward = Forward(model, layerwise, sequences_max, blocks_for(context_tokens, self._block_tokens))
+        self._forward = Forward(model, layerwise, sequences_max, blocks_for(context_tokens, self.block_tokens))
         self._sequences_max = sequences_max
         self._live_max = sequences_max + waiting_max
-        self._step_tokens_max = step_tokens_max
-        self._quota = Quota(attention_tokens(model), step_tokens_max)
+        self.step_tokens_max = step_tokens_max
+        self._attention_tokens = attention_tokens(model)
+        self.forget_speed()
         self._live: dict[str, Run] = {}  # in order of arrival
         self._ended: list[SequenceStep] = []
         self._arrivals = 0
         self._running = 0  # in the last step
         self.blocked = False
+
+    def forget_speed(self) -> None:
+        """As if nothing had been measured."""
+        self._quota = Quota(self._attention_tokens, self.step_tokens_max)
 
     # -- what goes in
 
@@ -169,7 +174,7 @@ class PrefillEngine:
             raise InvalidRequest(f"run id {new.id!r} is in use")
         if self.room <= 0:
             raise Overloaded(f"{len(self._live)} runs are live; at most {self._live_max} may be", retry_after_s=1.0)
-        assert len(new.slots) == new.ledger.blocks == blocks_for(len(new.prompt), self._block_tokens)
+        assert len(new.slots) == new.ledger.blocks == blocks_for(len(new.prompt), self.block_tokens)
         self._arrivals += 1
         self._live[new.id] = Run(new, self._arrivals)
 
@@ -214,11 +219,11 @@ class PrefillEngine:
         return StepResult((*steps, *ended), self.load)
 
     def _plan(self) -> list[Piece]:
-        budget, tokens_left = self._quota.equivalents, self._step_tokens_max
+        budget, tokens_left = self._quota.equivalents, self.step_tokens_max
         pieces: list[Piece] = []
-        blocks_per_s = self._quota.speed.tokens_per_s / self._block_tokens
+        blocks_per_s = self._quota.tokens_per_s / self.block_tokens
         for run in sorted(self._live.values(), key=lambda run: run.due_s(blocks_per_s)):
-            if len(pieces) == self._sequences_max or tokens_left < self._block_tokens:
+            if len(pieces) == self._sequences_max or tokens_left < self.block_tokens:
                 break
             open_run = run.ledger.next_run(run.layers_wanted)
             if not open_run:
@@ -235,7 +240,7 @@ class PrefillEngine:
 
     def _piece(self, run: Run, blocks: range, budget: float, tokens_left: int, *, alone: bool) -> Piece | None:
         """Claims the longest part of the open blocks that fits; at least one block when `alone`. None: nothing fits."""
-        step, length = self._block_tokens, len(run.sequence.tokens)
+        step, length = self.block_tokens, len(run.sequence.tokens)
         start, end = blocks.start * step, min(blocks.stop * step, length)
         end = min(end, start + tokens_left // step * step) if end - start > tokens_left else end
         fits = fitting(start, end, step, budget, self._quota.attention_tokens)
@@ -274,7 +279,7 @@ class PrefillEngine:
             run.ledger.give_back(piece.blocks)
             return None
         run.ledger.computed(piece.blocks)
-        frontier = min(run.ledger.frontier * self._block_tokens, len(sequence.tokens))
+        frontier = min(run.ledger.frontier * self.block_tokens, len(sequence.tokens))
         started_at, sequence.admitted_at = sequence.admitted_at, None
         if sampled is None:
             return SequenceStep(sequence.id, computed=frontier, started_at=started_at)
@@ -300,12 +305,12 @@ class PrefillEngine:
             running=self._running,
             waiting=len(self._live) - self._running,
             tokens=sum(len(run.sequence.tokens) for run in self._live.values()),
-            queued_tokens=sum(run.ledger.to_compute for run in self._live.values()) * self._block_tokens,
+            queued_tokens=sum(run.ledger.to_compute for run in self._live.values()) * self.block_tokens,
             pool_blocks_free=0,
             pool_blocks_total=0,
             pool_blocks_named=0,
             preemptions=0,
-            prefill_tokens_per_s=self._quota.speed.tokens_per_s,
+            prefill_tokens_per_s=self._quota.tokens_per_s,
             prefill_step_s=self._quota.speed.step_s,
         )
 

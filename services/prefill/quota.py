@@ -46,7 +46,7 @@ class Quota:
     """What one step may compute, from what steps have taken.
 
     Attributes:
-        speed: in tokens, as it is reported.
+        speed: of one step, in tokens.
     """
 
     def __init__(self, attention_tokens: float, tokens_max: int) -> None:
@@ -62,6 +62,15 @@ class Quota:
         if not pace.tokens_per_s:
             return float(self._tokens_max)
         return max(0.0, QUOTA_S - pace.step_s) * pace.tokens_per_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of a prompt that takes many steps: each brings its fixed part. 0 until measured."""
+        speed = self.speed
+        if not speed.tokens_per_s:
+            return 0.0
+        tokens = min(max(1.0, (QUOTA_S - speed.step_s) * speed.tokens_per_s), self._tokens_max)
+        return tokens / (speed.step_s + tokens / speed.tokens_per_s)
 
     def measured(self, chunks: list[tuple[int, int]], seconds: float) -> None:
         """A step over these token ranges took so long."""

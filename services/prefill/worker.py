@@ -8,6 +8,7 @@ import grpc.aio
 
 from common.logs import Log
 from common.pb import worker_pb2_grpc
+from services.prefill.calibration import calibrate
 from services.prefill.engine import PrefillEngine
 from services.prefill.handoff import Handoffs
 from services.prefill.layerwise import InPlace
@@ -36,7 +37,7 @@ class PrefillKind:
         return model.context_tokens
 
     def engine(self, settings: WorkerSettings, model: LoadedModel, stage: Stage, context_tokens: int) -> PrefillEngine:
-        return PrefillEngine(
+        engine = PrefillEngine(
             model,
             InPlace(stage, model) if model.device.type == "cpu" else Ring(stage, model),
             context_tokens=context_tokens,
@@ -44,6 +45,8 @@ class PrefillKind:
             waiting_max=settings.waiting_max,
             step_tokens_max=settings.step_tokens_max,
         )
+        calibrate(engine, stage)
+        return engine
 
     def role(self, node: Node[Any]) -> "PrefillWorker":
         return PrefillWorker(node)

@@ -41,3 +41,15 @@ def test_what_a_step_takes_whatever_it_computes_is_not_the_tokens() -> None:
         quota.measured([(0, tokens)], 0.1 + tokens / 1000)
     assert abs(quota.speed.step_s - 0.1) < 1e-6
     assert abs(quota.equivalents - (QUOTA_S - 0.1) * 1000) < 1e-3
+
+
+def test_a_long_prompt_pays_the_fixed_part_of_every_step() -> None:
+    quota = Quota(float("inf"), tokens_max=100)
+    assert quota.tokens_per_s == 0
+    for tokens in (50, 100, 150, 200):
+        quota.measured([(0, tokens)], 0.1 + tokens / 1000)
+    assert abs(quota.tokens_per_s - 100 / 0.2) < 1e-3  # a step of at most 100 tokens
+    quota = Quota(float("inf"), tokens_max=10**6)
+    for tokens in (50, 100, 150, 200):
+        quota.measured([(0, tokens)], 0.1 + tokens / 1000)
+    assert abs(quota.tokens_per_s - (QUOTA_S - 0.1) * 1000 / QUOTA_S) < 1e-3

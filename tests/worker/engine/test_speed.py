@@ -42,7 +42,7 @@ def test_a_machine_that_slows_down_is_followed() -> None:
     for tokens_per_s in (5000, 1000):
         for size in (64, 512, 1024) * 40:
             speed.measured(size, 0.01 + size / tokens_per_s)
-    assert math.isclose(speed.tokens_per_s, 1000, rel_tol=0.01)
+    assert math.isclose(speed.tokens_per_s, 1000, rel_tol=0.05)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 10)), min_size=1, max_size=100))
@@ -59,3 +59,20 @@ def test_a_step_that_was_held_up_does_not_become_the_fixed_part() -> None:
     for size, seconds in ((16, 0.9), (800, 0.16), (64, 0.018), (500, 0.1)):
         speed.measured(size, seconds)
     assert speed.step_s <= 0.018 * 1.02
+
+
+def test_short_steps_that_lie_on_no_line_promise_no_quick_long_ones() -> None:
+    speed = Speed()
+    for size, seconds in ((43, 0.16), (31, 0.13), (25, 0.17), (60, 0.15)):
+        speed.measured(size, seconds)
+    assert speed.tokens_per_s < 3 * speed._tokens / speed._seconds
+    for size in (43, 31, 80, 25, 60) * 8:  # the same on a line: now it is seen
+        speed.measured(size, 0.12 + size / 2000)
+    assert math.isclose(speed.tokens_per_s, 2000, rel_tol=0.2)
+
+
+def test_two_steps_are_no_line() -> None:
+    speed = Speed()
+    speed.measured(40, 0.15)
+    speed.measured(80, 0.15)
+    assert speed.step_s == 0 and math.isclose(speed.tokens_per_s, speed._tokens / speed._seconds)
