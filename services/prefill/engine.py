@@ -301,9 +301,10 @@ class PrefillEngine:
 
     @property
     def load(self) -> EngineLoad:
+        running = min(self._running, len(self._live))  # of those that ran in the last step some have ended
         return EngineLoad(
-            running=self._running,
-            waiting=len(self._live) - self._running,
+            running=running,
+            waiting=len(self._live) - running,
             tokens=sum(len(run.sequence.tokens) for run in self._live.values()),
             queued_tokens=sum(run.ledger.to_compute for run in self._live.values()) * self.block_tokens,
             pool_blocks_free=0,

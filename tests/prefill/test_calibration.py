@@ -12,7 +12,7 @@ def test_a_fresh_engine_knows_its_speed_and_holds_nothing(llama: Tiny) -> None:
     engine = PrefillEngine(llama.loaded, InPlace(stage, llama.loaded), context_tokens=1024, step_tokens_max=256)
     assert engine.load.prefill_tokens_per_s == 0
     calibrate(engine, stage)
-    assert engine.load.prefill_tokens_per_s > 0
+    assert engine.load.prefill_tokens_per_s > 0 and engine.load.waiting == engine.load.running == 0
     assert engine.idle and stage.slots_free == 8
     engine.check_integrity()
     stage.check_integrity()
