@@ -4,8 +4,9 @@ A route says where the KV of each range of a prompt's blocks comes from. Its nam
 reports, logs, metrics and `usage.penstock.route` show.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
+from itertools import groupby
 
 import msgspec
 
@@ -79,6 +80,20 @@ def plan_of(sources: Iterable[Source], order: Order, by_prefill: bool) -> Plan:
 def clipped(legs: Sequence[Leg], blocks: int) -> tuple[Leg, ...]:
     """The legs as far as they lie in `[0, blocks)`."""
     return tuple(Leg(leg.first_block, min(leg.last_block, blocks), leg.source) for leg in legs if leg.first_block < blocks)
+
+
+def with_resident(legs: Sequence[Leg], resident: Collection[int]) -> tuple[Leg, ...]:
+    """The legs, but for these blocks, which make legs of their own."""
+    if not resident:
+        return tuple(legs)
+    sources = {block: leg.source for leg in legs for block in range(leg.first_block, leg.last_block)}
+    sources |= dict.fromkeys(resident, Source.RESIDENT)
+    runs = groupby(enumerate(sorted(sources)), key=lambda at: (sources[at[1]], at[1] - at[0]))  # blocks in a row, of one source
+    made = []
+    for (source, _), run in runs:
+        blocks = [block for _, block in run]
+        made.append(Leg(blocks[0], blocks[-1] + 1, source))
+    return tuple(made)
 
 
 def problem_of(legs: Sequence[Leg], blocks: int) -> str:

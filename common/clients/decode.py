@@ -55,6 +55,7 @@ class Report(msgspec.Struct, frozen=True):
     prefill_s: float = 0.0
     preemptions: int = 0
     fallback: str = ""
+    prefill_retries: int = 0
 
 
 class Step(msgspec.Struct, frozen=True):

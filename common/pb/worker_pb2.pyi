@@ -190,7 +190,7 @@ class Leg(_message.Message):
     def __init__(self, first_block: _Optional[int] = ..., last_block: _Optional[int] = ..., source: _Optional[_Union[Source, str]] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("legs", "stored", "prefill", "kvstore", "order", "plan", "replicas", "replicated_blocks")
+    __slots__ = ("legs", "stored", "prefill", "kvstore", "order", "plan", "replicas", "replicated_blocks", "alternates", "tail_tokens")
     LEGS_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,8 @@ class Route(_message.Message):
     PLAN_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     REPLICATED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATES_FIELD_NUMBER: _ClassVar[int]
+    TAIL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     legs: _containers.RepeatedCompositeFieldContainer[Leg]
     stored: StoredPrefix
     prefill: str
@@ -207,7 +209,9 @@ class Route(_message.Message):
     plan: str
     replicas: _containers.RepeatedScalarFieldContainer[str]
     replicated_blocks: int
-    def __init__(self, legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., prefill: _Optional[str] = ..., kvstore: _Optional[str] = ..., order: _Optional[_Union[Order, str]] = ..., plan: _Optional[str] = ..., replicas: _Optional[_Iterable[str]] = ..., replicated_blocks: _Optional[int] = ...) -> None: ...
+    alternates: _containers.RepeatedScalarFieldContainer[str]
+    tail_tokens: int
+    def __init__(self, legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., prefill: _Optional[str] = ..., kvstore: _Optional[str] = ..., order: _Optional[_Union[Order, str]] = ..., plan: _Optional[str] = ..., replicas: _Optional[_Iterable[str]] = ..., replicated_blocks: _Optional[int] = ..., alternates: _Optional[_Iterable[str]] = ..., tail_tokens: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("start", "cancel")
@@ -304,7 +308,7 @@ class Flow(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("plan", "cached_tokens", "computed_tokens", "prefill", "carrier", "storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s", "prefill_s", "preemptions", "fallback")
+    __slots__ = ("plan", "cached_tokens", "computed_tokens", "prefill", "carrier", "storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s", "prefill_s", "preemptions", "fallback", "prefill_retries")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +323,7 @@ class Report(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RETRIES_FIELD_NUMBER: _ClassVar[int]
     plan: str
     cached_tokens: int
     computed_tokens: int
@@ -333,7 +338,8 @@ class Report(_message.Message):
     prefill_s: float
     preemptions: int
     fallback: str
-    def __init__(self, plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., carrier: _Optional[str] = ..., storage_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., host_to_device: _Optional[_Union[Flow, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., fallback: _Optional[str] = ...) -> None: ...
+    prefill_retries: int
+    def __init__(self, plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., carrier: _Optional[str] = ..., storage_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., host_to_device: _Optional[_Union[Flow, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., fallback: _Optional[str] = ..., prefill_retries: _Optional[int] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("request_id", "token_ids", "sampling", "legs", "order", "stored", "stage", "namespace", "deadline_ms", "traceparent")

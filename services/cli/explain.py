@@ -120,6 +120,10 @@ def _took(took: Mapping[str, Any] | None) -> list[str]:
         lines.append(f"  queue {_seconds(took['queue_s'])}, prefill {_seconds(took['prefill_s'])}")
         lines += [f"  {_path(name, flow)}" for name, flow in took["paths"].items() if flow["bytes"]]
         lines += [f"  fell back: {took['fallback']}"] if took["fallback"] else []
+        if took["prefill_retries"]:
+            lines.append(
+                f"  asked {took['prefill_retries']} more of prefill; {took['prefill'] or 'decode'} brought it to its end"
+            )
     return lines
 
 

@@ -31,7 +31,6 @@ from services.worker.requests import DecodeRequest, Flow, PrefillProgress, Repor
 from services.worker.writeback import Chain, Writer
 
 log = Log("decoder")
-RESIDENT_TAIL_TOKENS = 512  # a longer one is worth a hand-over to prefill, though what is before it is here
 Emit = Callable[[RequestStep], None]
 
 
@@ -177,7 +176,7 @@ class Decoder:
         request, blocks = live.request, len(claim.blocks)
         loaded = max((leg.last_block for leg in request.route.legs), default=0)
         tail = len(request.prompt) + len(request.output) - blocks * self._block_tokens
-        if not blocks or blocks < loaded or (request.route.prefill and tail > RESIDENT_TAIL_TOKENS):
+        if not blocks or blocks < loaded or (request.route.prefill and tail > request.route.tail_tokens):
             return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress), blocks)
         await self._filler.decline(request)
         live.report.plan = Plan.RESIDENT

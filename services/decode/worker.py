@@ -8,6 +8,7 @@ import grpc.aio
 from common.pb import worker_pb2_grpc
 from services.decode.decoder import Decoder
 from services.decode.filling import Filler
+from services.decode.means import Means
 from services.decode.prefill_client import PrefillPeers
 from services.decode.service import DecodeService
 from services.worker.engine.engine import Engine
@@ -64,7 +65,7 @@ class DecodeWorker:
             node.engine, node.stage, node.send_slots, node.transports, node.stores, node.codec, node.model.namespace, layout.block_tokens,
             pending_max,
         )  # fmt: skip
-        filler = Filler(
+        means = Means(
             node.stage,
             lambda: node.endpoint,
             node.reader,
@@ -73,7 +74,9 @@ class DecodeWorker:
             node.settings.lease_s,
             node.engine.wake,
         )
-        self.decoder = Decoder(node.engine, filler, self._writer, layout.block_tokens, node.requests_max, resident=resident)
+        self.decoder = Decoder(
+            node.engine, Filler(means), self._writer, layout.block_tokens, node.requests_max, resident=resident
+        )
 
     def on_step(self, result: StepResult) -> None:
         self.decoder.on_step(result)

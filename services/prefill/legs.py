@@ -1,10 +1,11 @@
 """A run's loaders: they bring its legs into the run's stage slots.
 
-A leg from SSD is pulled in full blocks, and every block goes on to decode as it is. A leg from decode is read layer by
-layer. A block that decode can't give is pulled from SSD here; one that SSD can't give is left to compute.
+A leg from SSD is pulled in full blocks, and every block goes on to decode as it is. A leg from decode, of what it has or of
+what it pulls, is read layer by layer. A block that decode can't give is pulled from SSD here; one that SSD can't give is left
+to compute.
 
-Orders FORWARD and WHOLE: each leg is claimed at once and comes from its front. Order MEET: a leg is claimed from its end, a
-batch at a time, until it meets what the engine has claimed; `pull_from` says how far, for decode to pull no further.
+Orders FORWARD and WHOLE: each leg is claimed at once and comes from its front. Order MEET: a leg from SSD is claimed from its
+end, a batch at a time, until it meets what the engine has claimed; `pull_from` says how far, for decode to pull no further.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ class Legs:
 
     Attributes:
         came: blocks that were loaded.
-        pull_from: per leg from decode, in order, the first block that was asked of decode.
+        pull_from: per leg that decode pulls, in order, the first block that was asked of decode.
         fallback: why blocks came another way than asked for, or were computed; empty: none did.
     """
 
@@ -66,12 +67,12 @@ class Legs:
         """Runs the loaders to their end. Raises nothing for what can't be loaded."""
         async with asyncio.TaskGroup() as self._rescues:
             for leg in self._run.request.legs:
-                work = self._read_peer if leg.source is Source.STORAGE_TO_DECODE else self._pull_storage
+                work = self._pull_storage if leg.source is Source.STORAGE_TO_PREFILL else self._read_peer
                 self._rescues.create_task(work(self._batches[leg], leg.blocks))
 
     def _claims(self, leg: Leg) -> Batches:
         """The leg's blocks, as their loader may claim them."""
-        if not self._meets:
+        if not self._meets or leg.source is Source.RESIDENT:
             return in_order(self._run.ledger.claim_leg(leg))
 
         def claimed(blocks: range) -> None:
@@ -116,11 +117,13 @@ class Legs:
     def _not_there(self, blocks: Sequence[int]) -> None:
         """Decode can't give them."""
         self._note(f"decode: block {min(blocks)} is not to be had there")
-        if self._run.request.stored is None:
-            self._run.lost(blocks)
-        else:
+        stored = self._run.request.stored
+        there = [block for block in blocks if stored is not None and block < stored.blocks]
+        if len(there) < len(blocks):
+            self._run.lost([block for block in blocks if block not in there])
+        if there:
             assert self._rescues is not None
-            self._rescues.create_task(self._pull_storage(in_order(blocks), len(blocks)))
+            self._rescues.create_task(self._pull_storage(in_order(there), len(there)))
 
     def _note(self, reason: str) -> None:
         self.fallback = "; ".join(filter(None, (self.fallback, reason)))

@@ -84,7 +84,7 @@ class Decision(msgspec.Struct):
         chosen = self.decided.estimate
         listed = sorted(self.decided.candidates, key=lambda e: e.finish_s)
         out["candidates"] = [msgspec.to_builtins(e) | {"chosen": e is chosen} for e in listed]
-        return out | {"took": self._took()}
+        return out | {"alternates": list(self.decided.alternates), "took": self._took()}
 
     def summary(self) -> dict[str, Any]:
         """The gist of it, for a header."""

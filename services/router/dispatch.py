@@ -147,6 +147,8 @@ class Dispatch:
                 kvstore=decision.kvstore,
                 replicas=replicas,
                 replicated_blocks=answer.replicated_blocks,
+                alternates=decision.alternates,
+                tail_tokens=decision.tail_tokens,
             ),
             deadline_ms=int(remaining_s * 1000) + 1,
             chain_root=chain_root(Namespace(view.namespace), self._work.salt),

@@ -7,7 +7,8 @@ are seconds on one monotonic clock. The rules, in the order they apply (docs/dua
 2. Candidates: every plan that may be used, over every pair of the shortlist, with its estimated finish
    (`policy/estimates.py`), but for those that would cost decode's running requests too much (`policy/candidates.py`).
 3. Choice: the earliest finish; of those within the error band of it, the one that costs least.
-4. kvstore: rendezvous hashing of the chain's first block key (`rendezvous.py`), before the lookup.
+4. Alternates: the prefill workers that come next by the paper's rules. By the time one is asked, estimates are stale.
+5. kvstore: rendezvous hashing of the chain's first block key (`rendezvous.py`), before the lookup.
 """
 
 from collections.abc import Iterable
@@ -15,11 +16,11 @@ from collections.abc import Iterable
 import msgspec
 
 from common.routes import Leg, Order, Plan
-from services.router.policy.candidates import candidates, choose
+from services.router.policy.candidates import candidates, choose, direct_tail_tokens
 from services.router.policy.estimates import Estimate
 from services.router.policy.settings import PolicySettings
 from services.router.policy.view import ClusterView, Query
-from services.router.policy.workers import Refusal, decodes, prefills
+from services.router.policy.workers import ALTERNATES_MAX, Refusal, decodes, prefills, shortlist
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -29,12 +30,16 @@ class Route(msgspec.Struct, frozen=True):
         kvstore: takes the chain's new blocks; empty: nothing is stored.
         estimate: the candidate that was chosen; it names workers, plan and legs.
         candidates: all that were considered.
+        alternates: prefill workers to ask when the chosen one fails, best first; empty when decode computes.
+        tail_tokens: what decode had better compute itself than ask another for.
     """
 
     kvstore: str
     reason: str
     estimate: Estimate
     candidates: tuple[Estimate, ...]
+    alternates: tuple[str, ...] = ()
+    tail_tokens: int = 0
 
     @property
     def decode(self) -> str:
@@ -68,10 +73,19 @@ def route(query: Query, view: ClusterView, now: float, settings: PolicySettings 
     listed = decodes(query, view, now, settings)
     if isinstance(listed, Refusal):
         return listed
-    found = candidates(query, view, settings, [one.worker for one in listed], prefills(query, view, settings))
+    ranked = prefills(query, view, settings)
+    found = candidates(query, view, settings, [one.worker for one in listed], shortlist(ranked, settings))
     chosen, why = choose(found, settings)
     decode = next(one for one in listed if one.worker.address == chosen.decode)
-    return Route(query.kvstore, f"{why}; decode {decode.worker.id}: {decode.reason}", chosen, tuple(found))
+    others = [worker.address for worker in ranked if worker.address != chosen.prefill] if chosen.prefill else []
+    return Route(
+        query.kvstore,
+        f"{why}; decode {decode.worker.id}: {decode.reason}",
+        chosen,
+        tuple(found),
+        tuple(others[:ALTERNATES_MAX]),
+        direct_tail_tokens(decode.worker, settings),
+    )
 
 
 def cluster_namespace(namespaces: Iterable[str], current: str) -> str:

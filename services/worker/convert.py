@@ -62,6 +62,8 @@ def decode_request(start: pb.Start) -> DecodeRequest:
             start.route.kvstore,
             tuple(start.route.replicas),
             start.route.replicated_blocks,
+            tuple(start.route.alternates),
+            start.route.tail_tokens,
         ),
         deadline_s=start.deadline_ms / 1e3,
         chain_root=ChainRoot(start.chain_root),
@@ -112,21 +114,20 @@ def prefill_request(message: pb.RunRequest, block_tokens: int) -> PrefillRequest
 
 def _decode_legs(messages: Sequence[pb.Leg], stored: int, tokens: int) -> tuple[Leg, ...]:
     """The first may be of resident blocks, which need not be stored."""
-    resident = messages[:1] if messages and messages[0].source == pb.RESIDENT else []
-    if not resident:
-        return legs_from_pb(messages, stored)
-    leg = Leg(resident[0].first_block, resident[0].last_block, Source.RESIDENT)
-    if problem := problem_of([leg], tokens):
-        raise InvalidRequest(problem)
-    legs = (leg, *legs_from_pb(messages[1:], stored))
-    if problem := problem_of(legs, tokens):
-        raise InvalidRequest(problem)
+    legs = legs_from_pb(messages, tokens)
+    for leg in legs:
+        if leg.source is Source.RESIDENT and leg.first_block:
+            raise InvalidRequest(f"resident leg [{leg.first_block}, {leg.last_block}): must begin at block 0")
+        if leg.source is not Source.RESIDENT and leg.last_block > stored:
+            raise InvalidRequest(
+                f"leg [{leg.first_block}, {leg.last_block}): expected ordered, disjoint legs inside [0, {stored})"
+            )
     return legs
 
 
 def legs_from_pb(messages: Iterable[pb.Leg], blocks: int) -> tuple[Leg, ...]:
     """Raises InvalidRequest unless they are ordered, disjoint, inside `[0, blocks)` and of sources that can be carried out."""
-    served = {pb.STORAGE_TO_DECODE: Source.STORAGE_TO_DECODE, pb.STORAGE_TO_PREFILL: Source.STORAGE_TO_PREFILL}
+    served = {pb.Source.Value(source.upper()): source for source in Source if source is not Source.RECOMPUTE}
     legs = []
     for message in messages:
         source = served.get(message.source)

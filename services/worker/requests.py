@@ -16,6 +16,7 @@ class Route(msgspec.Struct, frozen=True):
     """The router's decision. `prefill` and `kvstore` are host:port, empty for none; no leg covers: computed.
 
     New blocks go to `kvstore` and to the `replicas`, which all hold the first `replicated_blocks` blocks already.
+    When `prefill` fails and more than `tail_tokens` are left to compute, the `alternates` are asked, each once.
     """
 
     legs: tuple[Leg, ...] = ()
@@ -25,10 +26,12 @@ class Route(msgspec.Struct, frozen=True):
     kvstore: str = ""
     replicas: tuple[str, ...] = ()
     replicated_blocks: int = 0
+    alternates: tuple[str, ...] = ()
+    tail_tokens: int = 0
 
 
 class StageLease(msgspec.Struct, frozen=True):
-    """The right to fill a peer's stage: item i is block i of the prompt."""
+    """The right to share a peer's stage: item i is block i of the prompt."""
 
     token: LeaseToken
     endpoint: Endpoint
@@ -70,7 +73,10 @@ class Flow(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What really happened, filled in as it happens. Times in seconds."""
+    """What really happened, filled in as it happens. Times in seconds.
+
+    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, and what moved to and from it.
+    """
 
     plan: Plan = Plan.RECOMPUTE
     cached_tokens: int = 0
@@ -86,6 +92,7 @@ class Report(msgspec.Struct):
     prefill_s: float = 0.0
     preemptions: int = 0
     fallback: str = ""
+    prefill_retries: int = 0
 
 
 class RequestStep(msgspec.Struct, frozen=True):

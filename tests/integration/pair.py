@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from common import rpc
 from common.blocks import Namespace, block_keys, chain_root, reusable_blocks
 from common.clients.kvstore import KvStoreClient
 from common.errors import PenstockError
@@ -35,6 +36,7 @@ from tests.families import EOS
 
 DEADLINE_S = 30.0
 LEASE_S = 20.0
+SERVERS: dict[bytes, rpc.Server] = {}  # of running workers, by epoch
 
 
 class Answer(msgspec.Struct):
@@ -50,13 +52,21 @@ class Answer(msgspec.Struct):
 
 
 class Pair:
-    """One prefill worker, one decode worker, one kvstore."""
+    """One prefill worker, one decode worker, one kvstore; perhaps a spare prefill worker."""
 
-    def __init__(self, model: LoadedModel, prefill: nodes.Node[Any], decode: nodes.Node[Any], store: KvStoreClient) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        prefill: nodes.Node[Any],
+        decode: nodes.Node[Any],
+        store: KvStoreClient,
+        spare: nodes.Node[Any] | None = None,
+    ) -> None:
         self.model = model
         self.prefill = prefill
         self.decode = decode
         self.store = store
+        self.spare = spare
         assert isinstance(decode.worker, DecodeWorker) and isinstance(prefill.worker, PrefillWorker)
         self.decoder = decode.worker.decoder
         self.runner = prefill.worker.runner
@@ -81,13 +91,16 @@ class Pair:
 
     async def request(
         self, prompt: Sequence[int], legs: Sequence[Leg] = (), order: Order = Order.FORWARD, *, prefill: str | None = None,
-        tokens: int = 8, store: bool = False, **sampling: Any,
+        alternates: Sequence[str] = (), tail_tokens: int = 0, tokens: int = 8, store: bool = False, **sampling: Any,
     ) -> DecodeRequest:  # fmt: skip
         """With a lease on what is stored when there are legs. `prefill`: its address, empty for none; the pair's by default."""
         stored = await self.stored(prompt) if legs else None
         self._serial += 1
         address = self.prefill.address if prefill is None else prefill
-        route = Route(tuple(legs), order, stored, address, self.store.address if store else "")
+        kvstore = self.store.address if store else ""
+        route = Route(
+            tuple(legs), order, stored, address, kvstore, alternates=tuple(alternates), tail_tokens=tail_tokens
+        )  # fmt: skip
         chosen = Sampling(**{"max_tokens": tokens, "temperature": 0.0, "eos_token_ids": (EOS,), "logprobs": 0} | sampling)
         return DecodeRequest(f"r{self._serial}", tuple(prompt), chosen, route, DEADLINE_S, self._root)
 
@@ -122,15 +135,20 @@ class Pair:
                     return
         raise AssertionError(f"not all of {wanted} blocks were stored")
 
+    @property
+    def prefills(self) -> list[nodes.Node[Any]]:
+        return [node for node in (self.prefill, self.spare) if node is not None]
+
     async def check_at_rest(self) -> None:
         """Every slot, lease, block and queued byte is where it belongs."""
         until = asyncio.get_running_loop().time() + DEADLINE_S
-        while self.decoder.in_flight or self.runner.in_flight or not self._slots_home():
+        while self.decoder.in_flight or any(node.worker.in_flight for node in self.prefills) or not self._slots_home():
             await asyncio.sleep(0.01)  # what ended is given back by threads and background writes
             assert asyncio.get_running_loop().time() < until, self
         self.decoder.check_integrity()
-        self.runner.check_integrity()
-        for node in (self.prefill, self.decode):
+        for node in self.prefills:
+            node.worker.runner.check_integrity()
+        for node in (*self.prefills, self.decode):
             node.stage.check_integrity()
             assert not node.stage._leases, node.stage
             await node.engine.call(lambda engine: engine.check_integrity())
@@ -147,7 +165,7 @@ class Pair:
     def _slots_home(self) -> bool:
         load = self.decode.engine.load
         return (
-            self.prefill.stage.slots_free == self.prefill.stage.slots_total
+            all(node.stage.slots_free == node.stage.slots_total for node in self.prefills)
             and self.decode.stage.slots_free + self.decode.send_slots.size == self.decode.stage.slots_total
             and load.pool_blocks_free == load.pool_blocks_total
         )
@@ -168,8 +186,9 @@ async def running_pair(
     decode: dict[str, Any] | None = None,
     resident: bool = False,
     store: dict[str, Any] | None = None,
+    spare: bool = False,
 ) -> AsyncIterator[Pair]:
-    """The extra arguments are settings of each."""
+    """The extra arguments are settings of each. `spare`: a second prefill worker."""
     model = model or tiny_model(directory)
     run_dir = str(data) if transport == "shm" else ""
     common = {
@@ -190,7 +209,8 @@ async def running_pair(
             DecodeKind(resident=resident),
             stack,
         )
-        pair = Pair(model, there, here, client)
+        other = await _worker("prefill", PrefillSettings(**common), model, PrefillKind(), stack) if spare else None
+        pair = Pair(model, there, here, client, other)
         yield pair
         await pair.check_at_rest()
 
@@ -236,7 +256,8 @@ async def _worker(
     node.engine.start()
     stack.push_async_callback(node.engine.stop)
     node.worker = worker = kind.role(node)
-    server = await nodes._listen(node, worker, stack)
+    SERVERS[node.epoch] = server = await nodes._listen(node, worker, stack)
+    stack.callback(SERVERS.pop, node.epoch)
     await server.set_serving(True)
     stack.push_async_callback(worker.drain, 5.0)
     return node

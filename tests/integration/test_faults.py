@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,32 @@ def test_prefill_that_dies_is_replaced_by_decode_itself(cluster: Cluster, direct
     quiet(cluster)
     cluster.start_worker("prefill", 0)
     cluster.services["prefill-0"].wait_event("ready")
+
+
+def test_prefill_that_stalls_or_dies_with_a_request_is_replaced_by_another(directory: Path, tmp_path: Path) -> None:
+    """One process is stopped, so that what it is asked for stays unanswered; the second time it is killed meanwhile."""
+    with Cluster(directory, tmp_path, prefills=2, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS) as cluster:
+        check(directory, prompt_of(120, seed=30), ask(cluster, prompt_of(120, seed=30)))
+        document = httpx.get(f"{cluster.url}/v1/penstock/explain", timeout=10, trust_env=False).json()
+        (first, other) = sorted(("prefill-0", "prefill-1"), key=lambda name: name != document["decisions"][0]["took"]["prefill"])
+        stopped = cluster.services[first].process
+
+        def is_there() -> bool:
+            return any(member["id"] == first and member["sequences_live"] for member in status(cluster)["members"])
+
+        for seed, meanwhile in ((31, lambda: None), (32, lambda: cluster.kill_one(first))):
+            stopped.send_signal(signal.SIGSTOP)
+            with ThreadPoolExecutor(1) as pool:
+                asking = pool.submit(ask, cluster, prompt_of(120, seed))
+                wait_until(is_there, f"the request at {first}")
+                meanwhile()
+                check(directory, prompt_of(120, seed), asking.result())
+            document = httpx.get(f"{cluster.url}/v1/penstock/explain", timeout=10, trust_env=False).json()
+            took = document["decisions"][0]["took"]
+            assert took["prefill"] == other and took["prefill_retries"] == 1 and "prefill:" in took["fallback"]
+            if stopped.poll() is None:
+                stopped.send_signal(signal.SIGCONT)
+        quiet(cluster)
 
 
 def test_a_stream_goes_on_when_its_decode_worker_is_killed(cluster: Cluster, directory: Path) -> None:

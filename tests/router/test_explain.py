@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -118,6 +119,30 @@ async def test_the_terminal_shows_workers_candidates_choice_and_outcome(
             assert text in shown, shown
         assert await asyncio.to_thread(explain.main, ["--url", url, "unknown"]) == 1
         assert "no decision is known for request 'unknown'" in capsys.readouterr().out
+
+
+async def test_alternates_are_sent_along_and_those_that_were_asked_are_told_of(
+    start_stack: StackMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(start: pb.Start) -> AsyncIterator[pb.SequenceStep]:
+        report = pb.Report(plan=start.route.plan, prefill="prefill-1", prefill_retries=1, fallback="prefill: gone")
+        yield pb.SequenceStep(tokens=[pb.Token(id=70)], finish="length", report=report)
+
+    async with (
+        ScriptedPrefill().running() as first,
+        ScriptedPrefill().running() as second,
+        start_stack(prefill=(first.address, second.address), direct_tail_tokens=7) as stack,
+    ):
+        stack.decode.script = script
+        await stack.complete(prompt=PROMPT)
+        route = stack.decode.starts[-1].route
+        assert {route.prefill, *route.alternates} == {first.address, second.address} and route.tail_tokens == 7
+        decision = (await asked(stack))["decisions"][0]
+        assert decision["alternates"] == list(route.alternates) and decision["took"]["prefill_retries"] == 1
+        assert await asyncio.to_thread(explain.main, ["--url", f"http://{stack.router.http_address}"]) == 0
+        assert "asked 1 more of prefill; prefill-1 brought it to its end" in capsys.readouterr().out
+        text = (await stack.http.get("/metrics")).text
+        assert 'penstock:prefill_retries_total{model_name="tiny"} 1.0' in text
 
 
 async def test_estimates_their_errors_and_queues_are_in_the_metrics(start_stack: StackMaker) -> None:

@@ -11,7 +11,7 @@ from services.router.policy.plans import PLANS, SHAPES
 from services.router.policy.rates import STALE_S
 from services.router.policy.settings import Z_FACTOR, PolicySettings, Scheduler
 from services.router.policy.view import ClusterView, DecodeView, Link, Query
-from services.router.policy.workers import Refusal, Why
+from services.router.policy.workers import ALTERNATES_MAX, Refusal, Why
 from tests.router.clusters import BLOCK_BYTES, BLOCK_TOKENS, cases, decode, measured, prefill, text, view, written_down
 
 M = measured
@@ -227,6 +227,33 @@ def test_a_route_names_only_workers_that_can_serve_it(case: tuple[Query, Cluster
     assert not (decision.prefill and query.moved)
     assert decision.plan in {*settings.plans, Plan.RECOMPUTE}
     assert ("prefill" if decision.prefill else "decode") in SHAPES[decision.plan].computers
+
+
+@given(cases(), ALL_SETTINGS)
+def test_alternates_are_other_prefill_workers_that_can_serve_it(
+    case: tuple[Query, ClusterView], settings: PolicySettings
+) -> None:
+    query, cluster = case
+    decision = route(query, cluster, 5.0, settings)
+    if isinstance(decision, Refusal):
+        return
+    usable = {w.address for w in cluster.prefills if cluster.usable(w)}
+    others = usable - {decision.prefill} if decision.prefill else set()
+    assert set(decision.alternates) <= others and len(decision.alternates) == min(ALTERNATES_MAX, len(others))
+    worker = next(w for w in cluster.decodes if w.address == decision.decode)
+    assert decision.tail_tokens == direct_tail_tokens(worker, settings)
+
+
+def test_alternates_come_in_the_papers_order() -> None:
+    busy, reading, late = (
+        prefill("p1", queued_tokens=9, **M()),
+        prefill("p2", **M(storage_queue=900e6)),
+        prefill("p3", queued_tokens=9000, **M()),
+    )
+    cluster = view(decode("d0", **M()), late, reading, busy, prefill("p0", **M()))
+    decision = placed(route(FRESH, cluster, 0.0))
+    assert (decision.prefill, decision.alternates) == ("p0:1", ("p1:1", "p2:1"))
+    assert placed(route(FRESH, view(decode("d0", **M()), late, prefill("p0", **M())), 0.0)).alternates == ("p3:1",)
 
 
 @given(cases(), ALL_SETTINGS)

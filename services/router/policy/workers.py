@@ -21,6 +21,7 @@ from services.router.policy.view import ClusterView, DecodeView, PrefillView, Qu
 
 DECODES_MAX = 2  # of the shortlist: every pair costs a handful of estimates
 PREFILLS_MAX = 3
+ALTERNATES_MAX = 2  # prefill workers to ask when the chosen one fails: each may cost its silence (decode/prefill_client.py)
 
 
 class Why(StrEnum):
@@ -77,20 +78,29 @@ def _holder(query: Query, workers: Sequence[DecodeView]) -> list[Listed]:
 
 
 def prefills(query: Query, view: ClusterView, settings: PolicySettings) -> tuple[PrefillView, ...]:
-    """The prefill workers worth estimating; none for a request that another decode worker began."""
+    """All that may compute for a request, best first; none for a request that another decode worker began."""
     usable = [] if query.moved else sorted((w for w in view.prefills if view.usable(w)), key=lambda w: w.address)
     if settings.scheduler is Scheduler.ROUND_ROBIN:
-        return (usable[query.turn % len(usable)],) if usable else ()
-
-    def computes_late(worker: PrefillView) -> bool:
-        return over(worker.queued_tokens, worker.prefill_tokens_per_s, settings.prefill_backlog_s)
+        turn = query.turn % max(1, len(usable))
+        return (*usable[turn:], *usable[:turn])
 
     def reads_late(worker: PrefillView) -> bool:
         return over(worker.storage.queue_bytes, worker.storage.bytes_per_s, settings.read_backlog_s)
 
-    free = [w for w in usable if not computes_late(w)] or usable
-    free.sort(key=lambda w: (reads_late(w), w.queued_tokens, w.tokens, w.address))
-    return tuple(free[: 1 if settings.scheduler is Scheduler.PAPER else PREFILLS_MAX])
+    usable.sort(key=lambda w: (_computes_late(w, settings), reads_late(w), w.queued_tokens, w.tokens, w.address))
+    return tuple(usable)
+
+
+def shortlist(ranked: Sequence[PrefillView], settings: PolicySettings) -> Sequence[PrefillView]:
+    """Of these, the prefill workers worth estimating."""
+    if settings.scheduler is not Scheduler.EARLIEST_FINISH:
+        return ranked[:1]
+    free = [w for w in ranked if not _computes_late(w, settings)] or ranked
+    return free[:PREFILLS_MAX]
+
+
+def _computes_late(worker: PrefillView, settings: PolicySettings) -> bool:
+    return over(worker.queued_tokens, worker.prefill_tokens_per_s, settings.prefill_backlog_s)
 
 
 def over(queue: float, per_s: float, limit_s: float) -> bool:
