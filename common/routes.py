@@ -64,10 +64,11 @@ class Plan(StrEnum):
 
 
 def plan_of(sources: Iterable[Source], order: Order, by_prefill: bool) -> Plan:
-    """The name of a route that loads from these sources."""
-    loading = {source for source in sources if source in (Source.STORAGE_TO_DECODE, Source.STORAGE_TO_PREFILL)}
+    """The name of a route that takes KV from these sources."""
+    sources = set(sources)
+    loading = sources & {Source.STORAGE_TO_DECODE, Source.STORAGE_TO_PREFILL}
     if not loading:
-        return Plan.RECOMPUTE
+        return Plan.RESIDENT if Source.RESIDENT in sources else Plan.RECOMPUTE
     if len(loading) == 2:
         plan = Plan.SPLIT
     elif loading == {Source.STORAGE_TO_PREFILL}:

@@ -21,7 +21,7 @@ from common.blocks import BlockKey, block_keys, reusable_blocks
 from common.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, PenstockError
 from common.generation import FinishReason, Token
 from common.logs import Log
-from common.routes import Plan
+from common.routes import Plan, Source
 from services.decode.filled import Filled
 from services.decode.filling import Filler
 from services.worker.engine.engine import Engine
@@ -172,15 +172,23 @@ class Decoder:
         return block_keys(request.chain_root, known[: blocks * self._block_tokens], self._block_tokens)
 
     async def _fill(self, live: Live, claim: Claim) -> Filled:
-        """What is resident needs no filling, if the route would load no more and little is left to compute."""
+        """What is resident needs no filling, if the route would load no more and decode is to compute what is left."""
         request, blocks = live.request, len(claim.blocks)
-        loaded = max((leg.last_block for leg in request.route.legs), default=0)
-        tail = len(request.prompt) + len(request.output) - blocks * self._block_tokens
-        if not blocks or blocks < loaded or (request.route.prefill and tail > request.route.tail_tokens):
-            return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress), blocks)
+        if (
+            not blocks
+            or blocks < max((leg.last_block for leg in request.route.legs), default=0)
+            or self._by_prefill(request, blocks)
+        ):
+            return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress), claim)
         await self._filler.decline(request)
         live.report.plan = Plan.RESIDENT
         return Filled(stored_blocks=min(blocks, request.route.stored.blocks if request.route.stored else 0))
+
+    def _by_prefill(self, request: DecodeRequest, held: int) -> bool:
+        """Whether prefill computes what is left behind so many blocks: the route says so, and if it didn't know of them, there is much."""
+        known = any(leg.source is Source.RESIDENT for leg in request.route.legs)
+        tail = len(request.prompt) + len(request.output) - held * self._block_tokens
+        return bool(request.route.prefill) and (known or tail > request.route.tail_tokens)
 
     async def _run_from(self, live: Live, claim: Claim) -> None:
         request = live.request
@@ -234,7 +242,7 @@ class Decoder:
 
     def _news(self, live: Live, step: SequenceStep) -> None:
         assert live.chain is not None
-        if step.resident:
+        if step.resident and not live.first_seen:  # prefill's report says what it computed
             live.report.cached_tokens = max(live.report.cached_tokens, min(step.resident, len(live.request.prompt)))
         if step.started_at is not None:
             waited = step.started_at - live.submitted

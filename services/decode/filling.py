@@ -18,7 +18,7 @@ from services.decode.means import Means, prefix
 from services.decode.pulls import Pulls
 from services.decode.together import OnFirst, Together
 from services.worker.engine.meeting import Meeting
-from services.worker.engine.types import LoadedKv
+from services.worker.engine.types import Claim, LoadedKv
 from services.worker.ledger import Ledger
 from services.worker.loading import Form, from_back
 from services.worker.requests import DecodeRequest, Report
@@ -30,18 +30,19 @@ class Filler:
     def __init__(self, means: Means) -> None:
         self._in = means
 
-    async def fill(self, request: DecodeRequest, report: Report, on_first: OnFirst, held: int) -> Filled:
-        """`on_first` is called once, if prefill samples a first token; `held` leading blocks are in the pool.
+    async def fill(self, request: DecodeRequest, report: Report, on_first: OnFirst, claim: Claim) -> Filled:
+        """`on_first` is called once, if prefill samples a first token. What the pool holds of the prompt is claimed.
 
         Raises Overloaded when the stage has no room now.
         """
+        held = len(claim.blocks)
         pulls, route = Pulls(self._in.reader, request, report, self._in.block_tokens), request.route
         if route.order is Order.MEET and not route.prefill and not held:
             return _Alone(self._in, pulls).meeting()
         filled = Filled()
         try:
             if route.prefill and not request.output:
-                filled = await Together(self._in, pulls, on_first).fill()
+                filled = await Together(self._in, pulls, on_first, claim).fill()
             else:
                 filled = await _Alone(self._in, pulls).fill(held)
         finally:
@@ -92,7 +93,7 @@ class _Alone:
                 ledger.arrived(came, 1)
             if failed:
                 ledger.failed(failed)
-            self._in.wake()
+            self._in.engine.wake()
 
         try:
             if leg.blocks:

@@ -7,6 +7,8 @@ import msgspec
 
 from common.transport.interface import Endpoint
 from services.decode.prefill_client import PrefillPeers
+from services.worker.engine.engine import Engine
+from services.worker.engine.loop import EngineLoop
 from services.worker.loading import Form, Reader
 from services.worker.stage import Stage
 
@@ -17,7 +19,7 @@ class Means(msgspec.Struct, frozen=True):
     Attributes:
         endpoint: where peers reach the stage; not known before it listens.
         lease_s: how long a prefill worker's right to the stage lasts without a heartbeat.
-        wake: the engine may wait for what has come.
+        engine: whose pool may hold a prompt's front, and who may wait for what has come.
     """
 
     stage: Stage
@@ -26,7 +28,7 @@ class Means(msgspec.Struct, frozen=True):
     prefills: PrefillPeers
     block_tokens: int
     lease_s: float
-    wake: Callable[[], None]
+    engine: EngineLoop[Engine]
 
     def views(self, slots: Sequence[int], form: Form) -> list[memoryview]:
         """What these slots hold, in that form."""

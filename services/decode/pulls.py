@@ -8,7 +8,7 @@ import msgspec
 from common import tracing
 from common.blocks import reusable_blocks
 from common.logs import Log
-from common.routes import clipped
+from common.routes import Leg, Source, clipped
 from common.transport.counters import Flow as Moved
 from services.worker.loading import Batches, Form, Pull, Reader, Stored, in_order
 from services.worker.requests import DecodeRequest, Flow, Report
@@ -22,7 +22,7 @@ class Pulls:
 
     Attributes:
         stored: the stored prefix, cut so that at least one token is left to compute; None: nothing is stored.
-        legs: the route's, as far as they can be carried out.
+        legs: where the route has stored blocks come from. What it thinks resident is loaded here where it is not.
         came: blocks that were pulled. `failed`: blocks that were tried and did not come.
         moved: bytes and busy seconds of all pulls.
     """
@@ -34,7 +34,7 @@ class Pulls:
         self.block_tokens = block_tokens
         self.reusable = reusable_blocks(len(request.prompt) + len(request.output), block_tokens)
         self.stored = self._usable(request.route.stored)
-        self.legs = clipped(request.route.legs, self.stored.blocks) if self.stored else ()
+        self.legs = self._loadable(request.route.legs)
         self.came: set[int] = set()
         self.failed: set[int] = set()
         self.moved = Moved()
@@ -43,6 +43,13 @@ class Pulls:
     def _usable(self, stored: Stored | None) -> Stored | None:
         blocks = min(stored.blocks, self.reusable) if stored is not None else 0
         return msgspec.structs.replace(stored, blocks=blocks) if stored is not None and blocks else None
+
+    def _loadable(self, legs: Sequence[Leg]) -> tuple[Leg, ...]:
+        def source(leg: Leg) -> Source:
+            return Source.STORAGE_TO_DECODE if leg.source is Source.RESIDENT else leg.source
+
+        stored = clipped(legs, self.stored.blocks) if self.stored is not None else ()
+        return tuple(Leg(leg.first_block, leg.last_block, source(leg)) for leg in stored)
 
     @property
     def flow(self) -> Flow:

@@ -5,8 +5,8 @@ pulled here, and fills the rest.
 
 Life (`Together.fill`):
 1. Slots for the whole prompt are reserved, or the request is refused.
-2. A worker runs under a lease of its own. Meanwhile decode pulls what it is to read (grants.py), and the first token
-   goes out as soon as there is one.
+2. A worker runs under a lease of its own. What it is to read is meanwhile copied out of the pool, as far as that holds the
+   prompt's front, or pulled (grants.py); the first token goes out as soon as there is one.
 3. The worker fails: its lease is revoked, so that nothing of it lands any more, and blocks that are whole are kept. While
    more than the route's `tail_tokens` are left to compute, the next worker goes on from there: what is kept it reads here, the
    rest comes as the route says. Every worker is asked once; the request's deadline is that of all of them together.
@@ -27,12 +27,13 @@ from services.decode.filled import Filled
 from services.decode.grants import Grants
 from services.decode.means import Means, prefix
 from services.decode.pulls import Pulls
-from services.worker.engine.types import LoadedKv
+from services.worker.engine.types import Claim, LoadedKv
 from services.worker.lease import Lease, Right
 from services.worker.loading import Form
 from services.worker.requests import PrefillProgress, PrefillRequest, Report, StageLease
 
 log = Log("filling")
+COPY_BYTES = 16 << 20  # of the pool, between two steps of the engine: a few milliseconds
 OnFirst = Callable[[PrefillProgress], None]
 FROM_PREFILL = (
     "prefill", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s",
@@ -43,12 +44,14 @@ FROM_PREFILL = (
 class Together:
     """One request's."""
 
-    def __init__(self, means: Means, pulls: Pulls, on_first: OnFirst) -> None:
+    def __init__(self, means: Means, pulls: Pulls, on_first: OnFirst, claim: Claim) -> None:
         self._in = means
         self._pulls = pulls
         self._request = pulls.request
         self._report = pulls.report
         self._on_first = on_first
+        self._claim = claim
+        self._held = min(len(claim.blocks), pulls.reusable) if pulls.request.route.legs else 0  # blocks that the pool has
         self._first = PrefillProgress(0)  # with the first token, once there is one
         self._slots: Sequence[int] = ()
         self._whole: set[int] = set()  # blocks that are in their slots, all of them
@@ -67,9 +70,9 @@ class Together:
         finally:
             stage.free(self._slots[good:])  # ends the lease, unless that is done
         if not finished:
-            cached = min(good, self._stored_blocks)
+            cached = min(good, max(self._held, self._stored_blocks))
             self._report.cached_tokens = cached * block_tokens
-            self._report.plan = plan_of([Source.STORAGE_TO_DECODE] if cached else [], Order.FORWARD, by_prefill=False)
+            self._report.plan = plan_of(self._here(cached > self._held), Order.FORWARD, by_prefill=False)
         return self._filled(good)
 
     @property
@@ -87,7 +90,8 @@ class Together:
             return Filled(first=first.first, finish=first.finish, stop_token=first.stop_token)
         tokens = min(good * self._in.block_tokens, len(self._request.prompt))
         kv = LoadedKv(tokens, self._in.views(slots, Form.RAW), self._in.freer(slots))
-        stored = 0 if self._report.fallback else self._report.cached_tokens // self._in.block_tokens
+        cached = min(self._report.cached_tokens // self._in.block_tokens, self._stored_blocks)
+        stored = 0 if self._report.fallback else cached
         return Filled(kv, slots, stored, first.first, first.finish, first.stop_token)
 
     # One worker after another
@@ -110,7 +114,7 @@ class Together:
 
     def _left_tokens(self) -> int:
         """What decode would have to compute by itself."""
-        there = self._whole | (set(range(self._stored_blocks)) - self._pulls.failed)
+        there = self._whole | set(range(self._held)) | (set(range(self._stored_blocks)) - self._pulls.failed)
         return max(0, len(self._request.prompt) - prefix(there, len(self._slots)) * self._in.block_tokens)
 
     async def _by(self, address: str) -> Report | None:
@@ -118,10 +122,11 @@ class Together:
         stage = self._in.stage
         self._kept = sorted(block for block in self._whole if block < self._pulls.reusable)
         lease = stage.grant(self._slots, Right.SHARE, self._in.lease_s)
-        stage.await_own(lease, self._kept)
+        resident = self._whole.intersection(self._kept).union(range(self._held))
+        stage.await_own(lease, resident)
         for block in self._kept:
             stage.fill(lease, block)
-        legs = with_resident(self._pulls.legs, self._kept)
+        legs = with_resident(self._pulls.legs, resident)
         report = await self._run(address, lease, legs)
         await asyncio.shield(stage.revoke(lease.token))  # from here on nothing is written but by us
         self._whole.update(block for block in range(len(self._slots)) if lease.is_filled(block))
@@ -153,6 +158,7 @@ class Together:
 
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keep(lease.token))
+            group.create_task(self._copy_held(lease))
             if grants.blocks:
                 group.create_task(pulls.pull(self._slots, grants.following, grants.blocks, Form.RAW, grants.landed))
             try:
@@ -163,6 +169,23 @@ class Together:
                 keeping.cancel()
                 grants.close()
         return report
+
+    async def _copy_held(self, lease: Lease) -> None:
+        """What the pool holds of the prompt comes into its slots, for prefill to read: a few blocks between two of the engine's steps."""
+        stage, blocks = self._in.stage, [block for block in range(self._held) if block not in self._whole]
+        count = max(1, COPY_BYTES // stage.bytes_per_slot)
+        try:
+            while blocks:
+                batch = blocks[:count]
+                views = self._in.views([self._slots[block] for block in batch], Form.RAW)
+                await self._in.engine.export_claimed(self._claim, batch, views)
+                for block in batch:
+                    stage.fill(lease, block)
+                blocks = blocks[count:]
+        except PenstockError as error:
+            self._pulls.fell(f"pool: {error.message}")
+            for block in blocks:
+                stage.give_up(lease, block)
 
     async def _keep(self, token: LeaseToken) -> None:
         """Heartbeats the lease for as long as prefill works on it, or until it has ended all the same."""
@@ -188,10 +211,14 @@ class Together:
         report.carrier = prefill.carrier or report.carrier
         if prefill.fallback:
             self._pulls.fell(prefill.fallback)
-        computed_before = sum(not any(leg.first_block <= block < leg.last_block for leg in legs) for block in self._kept)
-        loaded = max(0, prefill.cached_tokens // block_tokens - computed_before)
-        report.cached_tokens = loaded * block_tokens
+        before = {block for block in self._kept if not any(leg.first_block <= block < leg.last_block for leg in legs)}
+        cached = max(0, prefill.cached_tokens // block_tokens - len(before.difference(range(self._held))))
+        report.cached_tokens = cached * block_tokens
         report.computed_tokens = len(self._request.prompt) - report.cached_tokens
-        here = [Source.STORAGE_TO_DECODE] if self._pulls.came else []
-        there = [Source.STORAGE_TO_PREFILL] if loaded > len(self._pulls.came) or prefill.storage_to_prefill.bytes else []
-        report.plan = plan_of([*here, *there], self._request.route.order, by_prefill=True)
+        elsewhere = cached - self._held > len(self._pulls.came) or prefill.storage_to_prefill.bytes
+        there = [Source.STORAGE_TO_PREFILL] if elsewhere else []
+        report.plan = plan_of([*self._here(bool(self._pulls.came)), *there], self._request.route.order, by_prefill=True)
+
+    def _here(self, pulled: bool) -> list[Source]:
+        """Where KV came from at decode."""
+        return [Source.RESIDENT] * bool(self._held) + [Source.STORAGE_TO_DECODE] * pulled

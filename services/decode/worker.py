@@ -72,7 +72,7 @@ class DecodeWorker:
             self._prefills,
             layout.block_tokens,
             node.settings.lease_s,
-            node.engine.wake,
+            node.engine,
         )
         self.decoder = Decoder(
             node.engine, Filler(means), self._writer, layout.block_tokens, node.requests_max, resident=resident

@@ -171,21 +171,22 @@ class Stage:
     # What the owner does with the items of a SHARE lease. After the lease's end nothing of this matters.
 
     def await_own(self, lease: Lease, items: Iterable[int]) -> None:
-        """The owner is going to fill them."""
+        """The owner is going to fill them, also those of which the holder has filled a part."""
         assert lease.right is Right.SHARE
-        lease.awaited.update(item for item in items if not lease.coverage[item].ranges())
+        lease.awaited.update(item for item in items if not lease.is_filled(item))
 
     def fill(self, lease: Lease, item: int) -> None:
-        """The owner has filled an item that it was awaited to fill."""
-        lease.awaited.remove(item)
+        """The owner has filled an item."""
+        lease.awaited.discard(item)
         lease.coverage[item].add(0, lease.lengths[item])
         lease.wake(item)
 
     def give_up(self, lease: Lease, item: int) -> None:
-        """The owner can't fill it: the holder may."""
-        lease.awaited.remove(item)
-        lease.given_up.add(item)
-        lease.wake(item)
+        """The owner can't fill it: the holder may, unless what it had under way has filled it by now."""
+        if not lease.is_filled(item):
+            lease.awaited.discard(item)
+            lease.given_up.add(item)
+            lease.wake(item)
 
     def sweep(self) -> None:
         """Ends leases whose time is over."""
@@ -284,6 +285,7 @@ class Stage:
         lease, part = write.lease, write.part
         lease.coverage[part.item].add(part.offset, part.offset + part.length)
         if lease.is_filled(part.item):
+            lease.awaited.discard(part.item)
             lease.wake(part.item)
         return PartStatus.OK
 

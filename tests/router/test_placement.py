@@ -113,11 +113,22 @@ ROUTES: dict[str, tuple[Query, ClusterView, PolicySettings]] = {
         view(decode("d0", **M()), decode("d1", sequences=3, tokens=900, **M()), prefill("p0", **M())),
         OURS,
     ),
-    "decode still holds a part, and the rest is long: prefill does it all from storage": (
+    "decode still holds a part, and the rest is long: prefill reads that from decode, and the rest is shared": (
         msgspec.structs.replace(LONG, resident={"d0:1": 400}),
         PAIR,
         OURS,
     ),
+    "decode still holds all that is stored, and more": (
+        Query(prompt_tokens=20_000, stored_blocks=100, resident={"d0:1": 700}),
+        view(decode("d0", **M(storage=1e6)), prefill("p0", **M(storage=1e6))),
+        OURS,
+    ),
+    "what decode holds is not worth a slow way to prefill": (
+        msgspec.structs.replace(LONG, stored_blocks=0, resident={"d0:1": 600}),
+        view(decode("d0", **M() | {"peer_read": Link(20e6)}), prefill("p0", **M())),
+        OURS,
+    ),
+    "paper: what decode holds, prefill reads": (msgspec.structs.replace(LONG, resident={"d0:1": 600}), PAIR, PAPER),
     "begun elsewhere: decode does it all": (msgspec.structs.replace(LONG, moved=True), PAIR, OURS),
     "only whole loads are allowed": (LONG, view(decode("d0", **M()), prefill("p0", **M(storage=150e6))), WHOLE),
     "paper: the shorter read queue is decode's": (
@@ -263,7 +274,7 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
     if isinstance(decision, Refusal):
         return
     for estimate in decision.candidates:
-        check_legs(query, "" if estimate.prefill else estimate.decode, estimate.legs, SHAPES[estimate.plan].loads)
+        check_legs(query, estimate.decode, estimate.legs, SHAPES[estimate.plan].loads)
         if not estimate.prefill and estimate.legs:
             assert [leg.first_block for leg in estimate.legs] == [0, *(leg.last_block for leg in estimate.legs[:-1])], "no gaps"
         covered = sum(leg.blocks for leg in estimate.legs)
@@ -275,6 +286,15 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
         loaded = estimate.moved.storage_to_decode + estimate.moved.storage_to_prefill
         tokens = estimate.computed_tokens + (resident + loaded // cluster.stored_bytes_per_block) * BLOCK_TOKENS
         assert tokens == query.prompt_tokens and loaded % cluster.stored_bytes_per_block == 0
+        read = resident + estimate.moved.storage_to_decode // cluster.stored_bytes_per_block if estimate.prefill else 0
+        assert estimate.moved.decode_to_prefill == read * cluster.bytes_per_block, (
+            "what decode has goes on to prefill, and no more"
+        )
+        assert (
+            estimate.moved.decode_to_prefill
+            >= estimate.queued.decode_to_prefill
+            >= resident * cluster.bytes_per_block * bool(estimate.prefill)
+        )
 
 
 @given(cases())

@@ -278,6 +278,39 @@ async def test_a_write_to_what_the_owner_fills_is_dropped(stage: Stage) -> None:
     assert isinstance(stage.write_buffers(lease.token, [Part(1, 0, 8)])[0], memoryview)
 
 
+@pytest.mark.parametrize("ends", ["fill", "give_up"])
+async def test_the_owner_takes_over_an_item_that_the_holder_began(ends: str, stage: Stage) -> None:
+    """As when prefill hands over a layer, its step breaks off, and a loader claims the block (order MEET)."""
+    lease = await share(stage)
+    first, rest = Part(0, 0, 8), Part(0, 8, SLOT - 8)
+    (buffer,) = stage.write_buffers(lease.token, [first])
+    assert isinstance(buffer, memoryview)
+    assert await stage.commit(lease.token, [first], [buffer], [0]) == [PartStatus.OK]
+    (late,) = stage.write_buffers(lease.token, [rest])  # under way while the owner takes over
+    assert isinstance(late, memoryview)
+    stage.await_own(lease, [0])
+    assert stage.write_buffers(lease.token, [rest]) == [PartStatus.OK]
+    stage.check_integrity()
+    getattr(stage, ends)(lease, 0)
+    assert lease.is_filled(0) is (ends == "fill")
+    assert await stage.commit(lease.token, [rest], [late], [0]) == [PartStatus.OK]
+    assert lease.is_filled(0) and await read_one(stage, lease, 0) is PartStatus.OK
+    stage.check_integrity()
+
+
+async def test_what_the_holder_completes_meanwhile_is_not_given_up(stage: Stage) -> None:
+    lease = await share(stage)
+    whole = Part(0, 0, SLOT)
+    (buffer,) = stage.write_buffers(lease.token, [whole])
+    assert isinstance(buffer, memoryview)
+    stage.await_own(lease, [0])
+    assert await stage.commit(lease.token, [whole], [buffer], [0]) == [PartStatus.OK]
+    stage.check_integrity()
+    stage.give_up(lease, 0)
+    stage.check_integrity()
+    assert await read_one(stage, lease, 0) is PartStatus.OK
+
+
 async def test_reads_that_wait_end_with_their_lease(stage: Stage) -> None:
     lease = await share(stage)
     stage.await_own(lease, [0])

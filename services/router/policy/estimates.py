@@ -4,7 +4,7 @@ A prompt of T tokens has n leading blocks stored, of which decode still holds th
 
 - *Links.* Bytes over a link wait for those queued there, then move at its measured rate. Blocks that decode
   pulls for prefill go on to it while others are pulled; blocks that prefill pulls go on to decode likewise: two
-  links in a row move at the pace of the slower.
+  links in a row move at the pace of the slower. What decode holds takes its way to prefill, and no storage link.
 - *Compute.* One worker computes tokens one after another at its measured speed, after those queued there.
 - *Filling.* The blocks [r, n) are shared out so that all sources of the plan are done at once (`shares.py`). With
   MEET, compute is one of the sources: the rates add up, but for the claim that a load has begun when they meet.
@@ -120,7 +120,7 @@ class Pair:
         self._view = view
         self._settings = settings
         self._tokens = query.prompt_tokens
-        self._resident = 0 if prefill else query.resident.get(decode.address, 0)  # the pool isn't read by others
+        self._resident = query.resident.get(decode.address, 0)
         self._stored = max(query.stored_blocks, self._resident)
         self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
@@ -135,7 +135,7 @@ class Pair:
         missing = self._stored - self._resident
         shares = share(self._fillers(shape), missing)
         division = Division(shares[: len(shape.loads)], sum(shares[len(shape.loads) :]), self._resident)
-        if shape.meets and self._resident:  # decode loads what is missing behind what it holds, then computes
+        if shape.meets and self._resident and not self._prefill:  # alone, decode loads what is missing, then computes
             return None
         if missing == 0 and (shape.meets or shape.loads != (Source.STORAGE_TO_DECODE,) or not self._resident):
             return None
@@ -149,8 +149,15 @@ class Pair:
         paths = self._paths(shape.meets)
         fillers = [Filler(pipe.wait_s, pipe.per_s) for pipe in map(paths.load, shape.loads)]
         if shape.meets:
-            fillers.append(Filler(paths.compute.wait_s, paths.compute.per_s / self._view.block_tokens))
+            begins_s = max(paths.compute.wait_s, self._held_s(paths))
+            fillers.append(Filler(begins_s, paths.compute.per_s / self._view.block_tokens))
         return fillers
+
+    def _held_s(self, paths: Paths) -> float:
+        """Until prefill has read what decode still holds."""
+        if paths.peer_read is None or not self._resident:
+            return 0.0
+        return paths.peer_read.wait_s + paths.peer_read.over_s(self._resident)
 
     def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
         """The model of the module's text, for one division of the stored blocks."""
@@ -174,7 +181,8 @@ class Pair:
             finish_s = RUN_S + max(first_token_s, handed_over_s)
             first_token_s += RUN_S
         correction = self._view.corrections.get(plan, 1.0)
-        used = paths.used(shape.loads)
+        loading = [source for source, blocks in zip(shape.loads, loads, strict=False) if blocks]
+        used = paths.used(loading, bool(division.resident))
         guess = any(pipe.guess for pipe in used)
         return Estimate(
             plan=plan,
@@ -182,7 +190,7 @@ class Pair:
             prefill=self._prefill,
             order=order,
             legs=legs,
-            read_wait_s=max((paths.storage(source).wait_s for source in shape.loads), default=0.0),
+            read_wait_s=max((paths.storage(source).wait_s for source in loading), default=0.0),
             serve_wait_s=paths.peer_read.wait_s if paths.peer_read and traffic.decode_to_prefill else 0.0,
             wait_s=paths.compute.wait_s,
             load_s=load_s,

@@ -59,16 +59,19 @@ class Paths(msgspec.Struct, frozen=True):
         onward = self.peer_read if source is Source.STORAGE_TO_DECODE else self.peer_write
         return self.storage(source).then(onward) if onward is not None else self.storage(source)
 
-    def used(self, loads: Iterable[Source]) -> list[Pipe]:
-        """All that a plan with these loads depends on."""
-        return [*map(self.load, loads), self.compute, *([self.peer_write] if self.peer_write is not None else [])]
+    def used(self, loads: Iterable[Source], held: bool) -> list[Pipe]:
+        """All that a plan with these loads depends on. `held`: it begins with what decode holds."""
+        between = (self.peer_write, self.peer_read if held else None)
+        return [*map(self.load, loads), self.compute, *(pipe for pipe in between if pipe is not None)]
 
     def queued(self, blocks: Moved) -> Moved:
-        """Of these blocks, what will wait at each link: all at a storage link; between workers, what storage brings faster than it goes on."""
+        """Of these blocks, what will wait at each link: all at a storage link; between workers, what decode holds already, and what
+        storage brings faster than it goes on."""
+        held = max(0, blocks.decode_to_prefill - blocks.storage_to_decode)
         return Moved(
             blocks.storage_to_decode,
             blocks.storage_to_prefill,
-            round(blocks.decode_to_prefill * _excess(self.decode_storage, self.peer_read)),
+            held + round(blocks.storage_to_decode * _excess(self.decode_storage, self.peer_read)),
             round(blocks.prefill_to_decode * _excess(self.prefill_storage, self.peer_write)),
         )
 

@@ -159,6 +159,11 @@ class Engine:
         count = last_block - first_block
         self.pool.export(sequence.blocks[first_block:last_block], out, min(tokens, count * self.layout.block_tokens))
 
+    def export_claimed(self, claim: Claim, blocks: Items[int], out: Items[memoryview]) -> None:
+        """Copies blocks of a claim that was not added yet into raw records, by their place in it."""
+        assert id(claim) in self._claims, "the claim was given up or added"
+        self.pool.export([claim.blocks[block] for block in blocks], out, len(blocks) * self.layout.block_tokens)
+
     def encode(self, sequence_id: str, block: int, out: memoryview) -> None:
         """One full block of a live or held sequence in its stored form."""
         sequence = self._with_blocks(sequence_id, block, block + 1, full=True)
@@ -207,8 +212,8 @@ class Engine:
                 continue
             began = time.perf_counter()
             try:
-                self._load_one(sequence, sequence.kv)
-                sequence.count_loaded(sequence.kv.buffers, time.perf_counter() - began)
+                copied = self._load_one(sequence, sequence.kv)
+                sequence.count_loaded(copied, time.perf_counter() - began)
                 sequence.drop_kv()
                 self._name(sequence)
             except Exception as error:
@@ -232,13 +237,14 @@ class Engine:
                 log.exception("loading the KV of %s", sequence.id)
                 self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
 
-    def _load_one(self, sequence: Sequence, kv: LoadedKv) -> None:
-        """Copies what isn't resident: blocks `[named, ...)`."""
+    def _load_one(self, sequence: Sequence, kv: LoadedKv) -> Items[memoryview]:
+        """Copies what isn't resident, blocks `[named, ...)`; what was copied."""
         skip = max(0, sequence.named - kv.first_block)
         buffers = kv.buffers[skip:]
         first = kv.first_block + skip
         if buffers:
             self.pool.load(sequence.blocks[first : first + len(buffers)], buffers, kv.tokens)
+        return buffers
 
     def _name(self, sequence: Sequence) -> None:
         """Gives the blocks that became full their names."""

@@ -171,6 +171,10 @@ class EngineLoop(Generic[E]):
         """`Engine.export` between two steps."""
         await self.call(lambda engine: engine.export(sequence_id, first_block, last_block, out))
 
+    async def export_claimed(self: "EngineLoop[Engine]", claim: Claim, blocks: Sequence[int], out: Sequence[memoryview]) -> None:
+        """`Engine.export_claimed` between two steps."""
+        await self.call(lambda engine: engine.export_claimed(claim, blocks, out))
+
     def claim(self: "EngineLoop[Engine]", keys: Sequence[BlockKey]) -> Claim:
         """`Engine.claim`, at once."""
         return self.engine.claim(keys)
