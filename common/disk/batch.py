@@ -21,13 +21,13 @@ class Batch(Generic[T]):
         self.loop = loop
         self.timer: asyncio.TimerHandle | None = None
         self._results: list[T | BaseException | None] = [None] * count
-        self._next = 0  # first operation that was not started
+        self.next = 0  # first operation that was not started
         self._running = 0
 
     @property
     def left(self) -> int:
         """Operations that were not started."""
-        return len(self._results) - self._next
+        return len(self._results) - self.next
 
     @property
     def settled(self) -> bool:
@@ -35,9 +35,9 @@ class Batch(Generic[T]):
 
     def start(self) -> int:
         """The index of the next operation, which runs now."""
-        self._next += 1
+        self.next += 1
         self._running += 1
-        return self._next - 1
+        return self.next - 1
 
     def settle(self, index: int, result: T | BaseException) -> None:
         self._results[index] = result
@@ -46,9 +46,9 @@ class Batch(Generic[T]):
     def give_up(self) -> int:
         """What was not started won't be; how many that are."""
         left = self.left
-        for index in range(self._next, len(self._results)):
+        for index in range(self.next, len(self._results)):
             self._results[index] = NotStarted()
-        self._next = len(self._results)
+        self.next = len(self._results)
         return left
 
     def finish(self) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from common.disk.batch import Batch
 from common.disk.io_pool import IoPool
 from common.disk.ring import Ring, RingUnavailable, open_ring
-from common.disk.ring_engine import RingEngine
+from common.disk.ring_engine import CHAIN_MAX, RingEngine
 from common.disk.transfer import DiskCalls, SystemCalls, Transfer, carry_out
 from common.errors import SettingsError
 from common.logs import Log
@@ -95,7 +95,7 @@ def open_engine(disk: Disk, choice: EngineChoice, *, label: str, depth: int, pen
     reason = "by choice"
     if choice != "threads":
         try:
-            ring = disk.ring(depth)
+            ring = disk.ring(depth * CHAIN_MAX)
         except RingUnavailable as error:
             if choice == "io_uring":
                 raise SettingsError(f"io = 'io_uring': {error}; use 'auto' or 'threads'") from error

@@ -34,6 +34,7 @@ _FEATURES = 1 << 0 | 1 << 1 | 1 << 2  # both rings in one mapping; no completion
 _ENTER_GETEVENTS = 1
 _REGISTER_EVENTFD = 4
 _FSYNC_DATASYNC = 1
+_HARDLINK = 1 << 3  # IOSQE_IO_HARDLINK, of Linux 5.5
 _PARAMS = struct.Struct("<7I3I10I10I")  # struct io_uring_params, then its io_sqring_offsets and io_cqring_offsets
 _PARAMS_FLAGS_OFFSET = 8
 _SQE = struct.Struct("<BBHiQQIIQ24x")  # opcode, flags, ioprio, fd, offset, address, length, operation's flags, user_data
@@ -78,7 +79,7 @@ class Ring:
             self.close()
             raise
         self._placed = 0
-        self._pinned: dict[int, tuple[object, ...]] = {}  # by tag: what the kernel may still touch
+        self._pinned: dict[int, object] = {}  # by tag: what the kernel may still touch
 
     def _map(self, sq_entries: int, cq_entries: int, sq: Sequence[int], cq: Sequence[int]) -> None:
         """`sq` and `cq`: head, tail, mask, entries, then (sq) flags, dropped, array; (cq) overflow, cqes."""
@@ -101,28 +102,34 @@ class Ring:
 
     def read(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
         """Places a read into `buffers`, one after the other."""
-        self._move(Opcode.READ, Opcode.READV, tag, fd, buffers, offset)
+        self._move(Opcode.READ, Opcode.READV, 0, tag, fd, buffers, offset)
 
-    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-        """Places a write of `buffers`, one after the other."""
-        self._move(Opcode.WRITE, Opcode.WRITEV, tag, fd, buffers, offset)
+    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
+        """Places a write of `buffers`, one after the other.
+
+        `linked`: what is placed next, and submitted with it, begins when it has ended, well or not.
+        """
+        self._move(Opcode.WRITE, Opcode.WRITEV, _HARDLINK if linked else 0, tag, fd, buffers, offset)
 
     def sync(self, tag: int, fd: int) -> None:
         """Places an fdatasync: of the writes that were reaped before."""
-        self._place(_SQE.pack(Opcode.FSYNC, 0, 0, fd, 0, 0, 0, _FSYNC_DATASYNC, tag), tag, ())
+        self._place(_SQE.pack(Opcode.FSYNC, 0, 0, fd, 0, 0, 0, _FSYNC_DATASYNC, tag), tag, None)
 
-    def _move(self, single: Opcode, several: Opcode, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-        pins = [ctypes.c_char.from_buffer(buffer) for buffer in buffers]
-        starts = [ctypes.addressof(pin) for pin in pins]
+    def _move(
+        self, single: Opcode, several: Opcode, flags: int, tag: int, fd: int, buffers: Sequence[memoryview], offset: int
+    ) -> None:
         if len(buffers) == 1:
-            self._place(_SQE.pack(single, 0, 0, fd, offset, starts[0], len(buffers[0]), 0, tag), tag, (pins,))
+            pin = ctypes.c_char.from_buffer(buffers[0])
+            sqe = _SQE.pack(single, flags, 0, fd, offset, ctypes.addressof(pin), len(buffers[0]), 0, tag)
+            self._place(sqe, tag, pin)
             return
+        pins = [ctypes.c_char.from_buffer(buffer) for buffer in buffers]
         table = _Raw(_IOVEC.size * len(buffers))
-        for i, (start, buffer) in enumerate(zip(starts, buffers, strict=True)):
-            _IOVEC.pack_into(table.bytes, i * _IOVEC.size, start, len(buffer))
-        self._place(_SQE.pack(several, 0, 0, fd, offset, table.address, len(buffers), 0, tag), tag, (pins, table))
+        for i, (pin, buffer) in enumerate(zip(pins, buffers, strict=True)):
+            _IOVEC.pack_into(table.bytes, i * _IOVEC.size, ctypes.addressof(pin), len(buffer))
+        self._place(_SQE.pack(several, flags, 0, fd, offset, table.address, len(buffers), 0, tag), tag, (pins, table))
 
-    def _place(self, sqe: bytes, tag: int, pinned: tuple[object, ...]) -> None:
+    def _place(self, sqe: bytes, tag: int, pinned: object) -> None:
         assert tag not in self._pinned and len(self._pinned) < self.entries
         tail = self._words[self._sq_tail]
         at = _SQE.size * (tail & self._sq_mask)

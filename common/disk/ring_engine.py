@@ -1,11 +1,14 @@
 """Disk transfers through an io_uring, completions on the event loop.
 
-1. `submit` queues a batch. While fewer than `depth` transfers are at the kernel, one of each batch in turn
-   goes there, so that a long batch doesn't hold up a short one.
-2. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
+1. `submit` queues a batch. While the disk has fewer than `depth` transfers, one of each batch in turn goes to
+   the kernel, so that a long batch doesn't hold up a short one.
+2. Writes go there in chains: the kernel begins one when the one before it has ended, so that the disk, which has no more than
+   `depth` of them at any moment, doesn't wait for the loop. Of reads that would be more memory to check at once, for nothing:
+   the loop looks at the ring between its checks.
+3. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
    before anything is checked, so that the disk has work meanwhile.
-3. What came short goes on where it stopped; what the kernel had no memory for goes again.
-4. Checks run on the loop, about a MiB at a time, with a look at the ring after each, so that none leaves the disk idle.
+4. What came short goes on where it stopped; what the kernel had no memory for goes again.
+5. Checks run on the loop, about a MiB at a time, with a look at the ring after each, so that none leaves the disk idle.
 
 A transfer that was not started when the batch's deadline passes, or when the batch is abandoned, results in
 `NotStarted`. One that was started is always waited for: the disk may be writing to its memory.
@@ -19,28 +22,19 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
-import msgspec
-
 from common.disk.batch import Batch
+from common.disk.flights import Chain, Flight
 from common.disk.ring import Ring
 from common.disk.transfer import Op, Transfer
 from common.errors import Overloaded
 
 KERNEL_BYTES = 16 << 20  # at the kernel at once: no disk is quicker for more, and what comes together is checked after it
+CHAIN_BYTES = 4 << 20  # of writes in a row: a millisecond of the disk's time, so that the loop may be away as long
+CHAIN_MAX = 16  # writes of a few pages aren't worth more room in the ring
 TURN_BYTES = 1 << 20  # of checks before the loop gets its turn: about 100 us
 AGAIN_MAX = 100  # times that the kernel may ask for one transfer again
 AGAIN_S = 0.002
 _AGAIN = (errno.EAGAIN, errno.EINTR)
-
-
-class _Flight(msgspec.Struct):
-    """A transfer at the kernel."""
-
-    batch: Batch[int]
-    index: int
-    transfer: Transfer
-    done: int = 0
-    again: int = 0
 
 
 class RingEngine:
@@ -54,10 +48,12 @@ class RingEngine:
         self.depth = min(depth, ring.entries)
         self._ring = ring
         self._turn: deque[tuple[Batch[int], Sequence[Transfer]]] = deque()
-        self._flights: dict[int, _Flight] = {}
+        self._waiting = 0  # transfers of `_turn` that were not started
+        self._flights: dict[int, Flight] = {}
+        self._chains = 0  # of the flights: at most `depth`
         self._kernel_bytes = 0  # of the flights
         self._tags = 0
-        self._arrived: deque[tuple[_Flight, OSError | None]] = deque()
+        self._arrived: deque[tuple[Flight, OSError | None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._using = threading.Lock()  # `close` may come from another thread
@@ -79,6 +75,7 @@ class RingEngine:
             )
         self._listen(loop)
         self._pending += len(transfers)
+        self._waiting += len(transfers)
         self._turn.append((batch, transfers))
         if deadline_s is not None:
             batch.timer = loop.call_later(deadline_s, self.abandon, batch)
@@ -90,6 +87,7 @@ class RingEngine:
         left = batch.give_up()
         if left:
             self._pending -= left
+            self._waiting -= left
             self._turn = deque(entry for entry in self._turn if entry[0] is not batch)
             if batch.settled:
                 batch.finish()
@@ -131,24 +129,49 @@ class RingEngine:
 
     def _fill(self) -> None:
         """Takes transfers to the kernel, as many as it may have."""
-        while self._turn and self._ring.in_flight < self.depth and self._kernel_bytes < KERNEL_BYTES:
-            batch, transfers = self._turn.popleft()
-            index = batch.start()
-            if batch.left:
-                self._turn.append((batch, transfers))
-            self._kernel_bytes += transfers[index].length
-            self._place(_Flight(batch, index, transfers[index]))
+        while self._turn and self._chains < self.depth and self._kernel_bytes < KERNEL_BYTES:
+            chain = self._next_chain()
+            self._chains += 1
+            for flight in chain:
+                self._kernel_bytes += flight.length
+                self._place(flight, linked=flight is not chain[-1])
         self._hand_over()
 
-    def _place(self, flight: _Flight) -> None:
+    def _next_chain(self) -> list[Flight]:
+        """The next transfer; with a write, a share of the writes that wait."""
+        free = self.depth - self._chains
+        room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
+        share = min(CHAIN_MAX, room, -(-self._waiting // free))
+        chain = Chain()
+        flights = [self._next(chain)]
+        left_bytes = CHAIN_BYTES - flights[0].length
+        while len(flights) < share and left_bytes > 0 and flights[-1].transfer.op is Op.WRITE and self._turn:
+            batch, transfers = self._turn[0]
+            if transfers[batch.next].op is not Op.WRITE:
+                break
+            flights.append(self._next(chain))
+            left_bytes -= flights[-1].length
+        return flights
+
+    def _next(self, chain: Chain) -> Flight:
+        batch, transfers = self._turn.popleft()
+        index = batch.start()
+        if batch.left:
+            self._turn.append((batch, transfers))
+        self._waiting -= 1
+        chain.left += 1
+        return Flight(batch, index, transfers[index], transfers[index].length, chain)
+
+    def _place(self, flight: Flight, *, linked: bool = False) -> None:
         transfer, tag = flight.transfer, self._tags
         self._tags += 1
         self._flights[tag] = flight
+        rest, offset = transfer.rest(flight.done), transfer.offset + flight.done
         match transfer.op:
             case Op.READ:
-                self._ring.read(tag, transfer.fd, transfer.rest(flight.done), transfer.offset + flight.done)
+                self._ring.read(tag, transfer.fd, rest, offset)
             case Op.WRITE:
-                self._ring.write(tag, transfer.fd, transfer.rest(flight.done), transfer.offset + flight.done)
+                self._ring.write(tag, transfer.fd, rest, offset, linked=linked)
             case Op.SYNC:
                 self._ring.sync(tag, transfer.fd)
 
@@ -181,7 +204,11 @@ class RingEngine:
         for tag, result in self._ring.reap():
             self._land(self._flights.pop(tag), result)
 
-    def _land(self, flight: _Flight, result: int) -> None:
+    def _land(self, flight: Flight, result: int) -> None:
+        if result == flight.length - flight.done:
+            flight.done = flight.length
+            self._leave_kernel(flight, None)
+            return
         if -result in _AGAIN and flight.again < AGAIN_MAX:
             flight.again += 1
             self._place(flight)
@@ -193,13 +220,12 @@ class RingEngine:
         except OSError as error:
             self._leave_kernel(flight, error)
             return
-        if flight.done < flight.transfer.length:
-            self._place(flight)
-        else:
-            self._leave_kernel(flight, None)
+        self._place(flight)
 
-    def _leave_kernel(self, flight: _Flight, error: OSError | None) -> None:
-        self._kernel_bytes -= flight.transfer.length
+    def _leave_kernel(self, flight: Flight, error: OSError | None) -> None:
+        self._kernel_bytes -= flight.length
+        flight.chain.left -= 1
+        self._chains -= not flight.chain.left
         self._arrived.append((flight, error))
 
     def _check_arrived(self) -> None:
@@ -212,12 +238,13 @@ class RingEngine:
             if self._ring.completed:
                 self._take_in()
             flight, error = self._arrived.popleft()
-            checked += flight.done if flight.transfer.check is not None else 0
-            outcome: int | BaseException
-            try:
-                outcome = error if error is not None else flight.transfer.finished()
-            except Exception as raised:
-                outcome = raised
+            outcome: int | BaseException = flight.done if error is None else error
+            if error is None and flight.transfer.check is not None:
+                checked += flight.done
+                try:
+                    outcome = flight.transfer.check()
+                except Exception as raised:
+                    outcome = raised
             self._pending -= 1
             flight.batch.settle(flight.index, outcome)
             if flight.batch.settled:

@@ -36,12 +36,14 @@ class Transfer(msgspec.Struct, frozen=True):
     def length(self) -> int:
         return sum(map(len, self.buffers))
 
-    def rest(self, done: int) -> list[memoryview]:
+    def rest(self, done: int) -> Sequence[memoryview]:
         """The buffers from byte `done` on."""
+        if not done:
+            return self.buffers
         left: list[memoryview] = []
         for buffer in self.buffers:
             if done < len(buffer):
-                left.append(buffer[done:] if done else buffer)
+                left.append(buffer[done:])
             done = max(0, done - len(buffer))
         return left
 

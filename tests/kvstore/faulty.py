@@ -29,6 +29,7 @@ class LayeredRing(Ring):
         self._files, self._seen = files, seen
         self._threads: dict[int, threading.Thread] = {}
         self._ended: deque[tuple[int, int]] = deque()
+        self._linked: threading.Thread | None = None  # what the next write waits for
 
     @property
     def in_flight(self) -> int:
@@ -40,11 +41,12 @@ class LayeredRing(Ring):
         else:
             super().read(tag, fd, buffers, offset)
 
-    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
         if self._seen("write"):
-            self._start(tag, lambda: self._files.write(fd, buffers[0], offset))
+            self._start(tag, lambda: self._files.write(fd, buffers[0], offset), self._linked)
+            self._linked = self._threads[tag] if linked else None
         else:
-            super().write(tag, fd, buffers, offset)
+            super().write(tag, fd, buffers, offset, linked=linked)
 
     def sync(self, tag: int, fd: int) -> None:
         if self._seen("sync"):
@@ -65,8 +67,10 @@ class LayeredRing(Ring):
             self._threads.pop(tag).join()
         return ended + super().reap()
 
-    def _start(self, tag: int, call: Callable[[], int]) -> None:
+    def _start(self, tag: int, call: Callable[[], int], before: threading.Thread | None = None) -> None:
         def run() -> None:
+            if before is not None:
+                before.join()
             try:
                 result = call()
             except OSError as error:

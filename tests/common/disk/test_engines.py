@@ -243,6 +243,35 @@ async def test_no_more_than_enough_bytes_are_at_the_kernel_at_once(fd: int, monk
     engine.close()
 
 
+async def test_writes_wait_at_the_kernel_in_as_many_chains_as_the_disk_may_have(fd: int) -> None:
+    chains: list[list[int]] = [[]]
+
+    class Watched(Machine):
+        def ring(self, entries: int) -> Ring:
+            return WatchedRing(entries)
+
+    class WatchedRing(Ring):
+        def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
+            super().write(tag, fd, buffers, offset, linked=linked)
+            chains[-1].append(offset // PAGE_BYTES)
+            if not linked:
+                chains.append([])
+
+    if _ring_reason():
+        pytest.skip(_ring_reason())
+    engine = open_engine(Watched(), "io_uring", label="test", depth=2, pending_max=20)
+    pages = [aligned(PAGE_BYTES) for _ in range(7)]
+    for number, page in enumerate(pages):
+        page[:] = bytes([100 + number]) * PAGE_BYTES
+    writes = [Transfer(Op.WRITE, fd, [page], number * PAGE_BYTES) for number, page in enumerate(pages)]
+    broken = Transfer(Op.WRITE, -5, [aligned(PAGE_BYTES)], 77 * PAGE_BYTES)
+    results = await engine.submit([*writes[:2], broken, *writes[2:], read(fd, 7), Transfer(Op.SYNC, fd)]).done
+    assert isinstance(results.pop(2), OSError), "what comes after a failed write is written all the same"
+    assert results == [PAGE_BYTES] * 8 + [0] and os.pread(fd, 8 * PAGE_BYTES, 0) == b"".join([*pages, bytes([8]) * PAGE_BYTES])
+    assert chains == [[0, 1, 77, 2, 3], [4, 5, 6], []]
+    engine.close()
+
+
 def test_the_engine_is_chosen_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     class Forbidden(Machine):
         def ring(self, entries: int) -> Ring:
