@@ -1,7 +1,8 @@
 """Disk transfers through an io_uring, completions on the event loop.
 
 1. `submit` queues a batch. While fewer than `depth` transfers are at the kernel, one of each batch in turn
-   goes there, so that a long batch doesn't hold up a short one.
+   goes there, so that a long batch doesn't hold up a short one. Towards the end there are fewer, so that little is left to check
+   when the last has come.
 2. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
    before anything is checked, so that the disk has work meanwhile.
 3. What came short goes on where it stopped; what the kernel had no memory for goes again.
@@ -27,6 +28,7 @@ from common.disk.transfer import Op, Transfer
 from common.errors import Overloaded
 
 KERNEL_BYTES = 16 << 20  # at the kernel at once: no disk is quicker for more, and what comes together is checked after it
+LAST_BYTES = 4 << 20  # of what is checked, half of what is left, but this much: little is then checked after the last has come
 TURN_BYTES = 1 << 20  # of checks before the loop gets its turn: about 100 us
 AGAIN_MAX = 100  # times that the kernel may ask for one transfer again
 AGAIN_S = 0.002
@@ -56,6 +58,7 @@ class RingEngine:
         self._turn: deque[tuple[Batch[int], Sequence[Transfer]]] = deque()
         self._flights: dict[int, _Flight] = {}
         self._kernel_bytes = 0  # of the flights
+        self._queued_bytes = 0  # of what wasn't started
         self._tags = 0
         self._arrived: deque[tuple[_Flight, OSError | None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,6 +83,7 @@ class RingEngine:
         self._listen(loop)
         self._pending += len(transfers)
         self._turn.append((batch, transfers))
+        self._queued_bytes += sum(transfer.length for transfer in transfers)
         if deadline_s is not None:
             batch.timer = loop.call_later(deadline_s, self.abandon, batch)
         self._fill()
@@ -90,6 +94,8 @@ class RingEngine:
         left = batch.give_up()
         if left:
             self._pending -= left
+            (transfers,) = (entry[1] for entry in self._turn if entry[0] is batch)
+            self._queued_bytes -= sum(transfer.length for transfer in transfers[-left:])
             self._turn = deque(entry for entry in self._turn if entry[0] is not batch)
             if batch.settled:
                 batch.finish()
@@ -129,14 +135,23 @@ class RingEngine:
         self._ring.close()
         self._check_arrived()
 
+    @property
+    def _kernel_bytes_max(self) -> int:
+        """While something waits."""
+        if self._turn[0][1][0].check is None:
+            return KERNEL_BYTES
+        return min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + self._queued_bytes) // 2))
+
     def _fill(self) -> None:
         """Takes transfers to the kernel, as many as it may have."""
-        while self._turn and self._ring.in_flight < self.depth and self._kernel_bytes < KERNEL_BYTES:
+        while self._turn and self._ring.in_flight < self.depth and self._kernel_bytes < self._kernel_bytes_max:
             batch, transfers = self._turn.popleft()
             index = batch.start()
             if batch.left:
                 self._turn.append((batch, transfers))
-            self._kernel_bytes += transfers[index].length
+            length = transfers[index].length
+            self._kernel_bytes += length
+            self._queued_bytes -= length
             self._place(_Flight(batch, index, transfers[index]))
         self._hand_over()
 
