@@ -1,7 +1,8 @@
 """Disk transfers through an io_uring, completions on the event loop.
 
 1. `submit` queues a batch. While the disk has fewer than `depth` transfers, one of each batch in turn goes to
-   the kernel, so that a long batch doesn't hold up a short one.
+   the kernel, so that a long batch doesn't hold up a short one. Towards the end of what is checked there are fewer, so that little is
+   left to check when the last has come.
 2. Writes go there in chains: the kernel begins one when the one before it has ended, so that the disk, which has no more than
    `depth` of them at any moment, doesn't wait for the loop. Of reads that would be more memory to check at once, for nothing:
    the loop looks at the ring between its checks.
@@ -31,6 +32,7 @@ from common.errors import Overloaded
 KERNEL_BYTES = 16 << 20  # at the kernel at once: no disk is quicker for more, and what comes together is checked after it
 CHAIN_BYTES = 4 << 20  # of writes in a row: a millisecond of the disk's time, so that the loop may be away as long
 CHAIN_MAX = 16  # writes of a few pages aren't worth more room in the ring
+LAST_BYTES = 4 << 20  # of what is checked, half of what is left, but this much: little is then checked after the last has come
 TURN_BYTES = 1 << 20  # of checks before the loop gets its turn: about 100 us
 AGAIN_MAX = 100  # times that the kernel may ask for one transfer again
 AGAIN_S = 0.002
@@ -52,6 +54,7 @@ class RingEngine:
         self._flights: dict[int, Flight] = {}
         self._chains = 0  # of the flights: at most `depth`
         self._kernel_bytes = 0  # of the flights
+        self._queued_bytes = 0  # of what wasn't started
         self._tags = 0
         self._arrived: deque[tuple[Flight, OSError | None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,6 +80,7 @@ class RingEngine:
         self._pending += len(transfers)
         self._waiting += len(transfers)
         self._turn.append((batch, transfers))
+        self._queued_bytes += sum(transfer.length for transfer in transfers)
         if deadline_s is not None:
             batch.timer = loop.call_later(deadline_s, self.abandon, batch)
         self._fill()
@@ -88,6 +92,8 @@ class RingEngine:
         if left:
             self._pending -= left
             self._waiting -= left
+            (transfers,) = (entry[1] for entry in self._turn if entry[0] is batch)
+            self._queued_bytes -= sum(transfer.length for transfer in transfers[-left:])
             self._turn = deque(entry for entry in self._turn if entry[0] is not batch)
             if batch.settled:
                 batch.finish()
@@ -127,9 +133,16 @@ class RingEngine:
         self._ring.close()
         self._check_arrived()
 
+    @property
+    def _kernel_bytes_max(self) -> int:
+        """While something waits."""
+        if self._turn[0][1][0].check is None:
+            return KERNEL_BYTES
+        return min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + self._queued_bytes) // 2))
+
     def _fill(self) -> None:
         """Takes transfers to the kernel, as many as it may have."""
-        while self._turn and self._chains < self.depth and self._kernel_bytes < KERNEL_BYTES:
+        while self._turn and self._chains < self.depth and self._kernel_bytes < self._kernel_bytes_max:
             chain = self._next_chain()
             self._chains += 1
             for flight in chain:
@@ -158,9 +171,11 @@ class RingEngine:
         index = batch.start()
         if batch.left:
             self._turn.append((batch, transfers))
+        length = transfers[index].length
         self._waiting -= 1
+        self._queued_bytes -= length
         chain.left += 1
-        return Flight(batch, index, transfers[index], transfers[index].length, chain)
+        return Flight(batch, index, transfers[index], length, chain)
 
     def _place(self, flight: Flight, *, linked: bool = False) -> None:
         transfer, tag = flight.transfer, self._tags

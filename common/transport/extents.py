@@ -67,10 +67,11 @@ class ExtentTransport:
             if len(chunks) == 1:
                 statuses = await self._read_located(token, parts, into, deadline)
             else:
+                reads: list[asyncio.Task[list[PartStatus]]] = []
                 async with asyncio.TaskGroup() as group:
-                    reads = [
-                        group.create_task(self._read_located(token, parts[chunk], into[chunk], deadline)) for chunk in chunks
-                    ]
+                    for chunk in chunks:
+                        reads.append(group.create_task(self._read_located(token, parts[chunk], into[chunk], deadline)))
+                        await asyncio.sleep(0)  # its question leaves before the next one is made
                 statuses = [status for read in reads for status in read.result()]
             left = [i for i, status in enumerate(statuses) if status not in (PartStatus.OK, PartStatus.EXPIRED)]
             self.carrier = "extent" if len(left) < len(parts) else self._connection.carrier
@@ -220,12 +221,11 @@ class ExtentTransport:
 def _chunks(parts: Sequence[Part]) -> list[slice]:
     """What is asked for and read together: little at first, so that the disk has work while the rest is asked for."""
     chunks: list[slice] = []
-    first, room, bytes_max = 0, FIRST_BYTES, FIRST_BYTES
+    first, room = 0, FIRST_BYTES
     for index, part in enumerate(parts):
         if index > first and (part.length > room or index - first == PARTS_MAX):
             chunks.append(slice(first, index))
-            bytes_max = min(2 * bytes_max, CHUNK_BYTES_MAX)
-            first, room = index, bytes_max
+            first, room = index, CHUNK_BYTES_MAX
         room -= part.length
     return [*chunks, slice(first, len(parts))]
 

@@ -59,7 +59,6 @@ class LMCacheDisk:
         self._held: list[Any] = []
 
     def put(self, round_: int, blocks: Sequence[bytes]) -> Put:
-        self._forget()
         shape = torch.Size((1, 2, 1, self._shape.block_bytes // 4))
         held = [self._pool.allocate(shape, torch.bfloat16, MemoryFormat.KV_2LTD) for _ in blocks]
         for one, block in zip(held, blocks, strict=True):
@@ -79,13 +78,11 @@ class LMCacheDisk:
         return Put([i for i, key in enumerate(keys) if self._disk.contains(key)], accepted_s, stored_s, durable_s)
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
-        self._forget()
         began_s = time.perf_counter()
         held = [self._disk.get_blocking(self._key(round_, i)) for i in indices]
         return self._got(time.perf_counter() - began_s, held)
 
     def batched_get(self, round_: int, indices: Sequence[int]) -> Got:
-        self._forget()
         began_s = time.perf_counter()
         held = self._disk.batched_get_blocking([self._key(round_, i) for i in indices])
         return self._got(time.perf_counter() - began_s, held)
@@ -98,7 +95,7 @@ class LMCacheDisk:
         self._held = held
         return Got(seconds, [None if one is None else memoryview(one.byte_array).cast("B") for one in held])
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         for one in self._held:
             if one is not None:
                 one.ref_count_down()

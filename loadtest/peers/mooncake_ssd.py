@@ -81,6 +81,9 @@ class MooncakeSsd:
         if self._store.register_buffer(self._address, round_bytes):
             raise RuntimeError("MooncakeDistributedStore.register_buffer refused the memory")
 
+    def forget(self) -> None:
+        self._memory[:] = bytes(len(self._memory))
+
     def put(self, round_: int, blocks: Sequence[bytes]) -> Put:
         size = self._shape.block_bytes
         for i, block in enumerate(blocks):
@@ -112,14 +115,12 @@ class MooncakeSsd:
             time.sleep(0.01)
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
-        self._blank()
         calls = list(zip(*self._places(round_, indices), strict=True))
         began_s = time.perf_counter()
         lengths = [self._store.get_into(*call) for call in calls]
         return self._got(time.perf_counter() - began_s, indices, lengths)
 
     def batched_get(self, round_: int, indices: Sequence[int]) -> Got:
-        self._blank()
         places = self._places(round_, indices)
         began_s = time.perf_counter()
         lengths = self._store.batch_get_into(*places)
@@ -134,10 +135,6 @@ class MooncakeSsd:
         whole = memoryview(self._memory)
         views = zip(indices, lengths, strict=True)
         return Got(seconds, [whole[i * size : (i + 1) * size] if length == size else None for i, length in views])
-
-    def _blank(self) -> None:
-        """Nothing of what is asked for is in memory before it is read."""
-        self._memory[:] = bytes(len(self._memory))
 
     def _places(self, round_: int, indices: Sequence[int]) -> tuple[list[str], list[int], list[int]]:
         size = self._shape.block_bytes

@@ -75,6 +75,9 @@ class PenstockKvStore:
     def how(self) -> str:
         return self._carrier
 
+    def forget(self) -> None:
+        self._region.view(Span(0, self._region.size))[:] = bytes(self._region.size)
+
     def put(self, round_: int, blocks: Sequence[bytes]) -> Put:
         for i, block in enumerate(blocks):
             self._region.view(self._span(i))[:] = block
@@ -101,8 +104,7 @@ class PenstockKvStore:
         return self._runner.run(self._get(round_, [list(indices)]))
 
     async def _get(self, round_: int, pieces: list[list[int]]) -> Got:
-        """Reads piece after piece, into memory that holds nothing of what is asked for."""
-        self._region.view(Span(0, self._region.size))[:] = bytes(self._region.size)
+        """Reads piece after piece."""
         keys = self._chain(round_)
         indices = [i for piece in pieces for i in piece]
         began_s = time.perf_counter()

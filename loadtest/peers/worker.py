@@ -63,6 +63,9 @@ class Store(Protocol):
     def how(self) -> str:
         """The way that bytes take, in a few words; known after the first read."""
 
+    def forget(self) -> None:
+        """Lets go of what was got before, so that none of what is asked for next is in the caller's memory."""
+
     def put(self, round_: int, blocks: Sequence[bytes]) -> Put: ...
 
     def get(self, round_: int, indices: Sequence[int]) -> Got:
@@ -84,6 +87,7 @@ class Session:
         self._accepted: dict[int, list[int]] = {}
 
     def put(self, round_: int) -> dict[str, Any]:
+        self._store.forget()
         done = self._store.put(round_, [self._shape.block(round_, i) for i in range(self._shape.blocks)])
         self._accepted[round_] = done.accepted
         return asdict(done) | {"accepted": len(done.accepted)}
@@ -101,6 +105,7 @@ class Session:
         return sums | {"how": self._store.how}
 
     def _read(self, round_: int, read: Callable[[int, Sequence[int]], Got]) -> dict[str, Any]:
+        self._store.forget()
         forget_cached(self._folder)
         indices = self._accepted[round_]
         got = read(round_, indices)

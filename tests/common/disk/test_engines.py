@@ -219,26 +219,33 @@ async def test_what_the_kernel_has_no_room_for_goes_again(fd: int) -> None:
     engine.close()
 
 
+class Watched(Machine):
+    """Notes how many transfers are at the kernel whenever some are handed over."""
+
+    def __init__(self) -> None:
+        self.at_once: list[int] = []
+
+    def ring(self, entries: int) -> Ring:
+        at_once = self.at_once
+
+        class WatchedRing(Ring):
+            def submit(self, *, wait: bool = False) -> None:
+                at_once.append(self.in_flight)
+                super().submit(wait=wait)
+
+        return WatchedRing(entries)
+
+
 async def test_no_more_than_enough_bytes_are_at_the_kernel_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring_engine, "KERNEL_BYTES", 2 * PAGE_BYTES)
-    at_once = []
-
-    class Watched(Machine):
-        def ring(self, entries: int) -> Ring:
-            return WatchedRing(entries)
-
-    class WatchedRing(Ring):
-        def submit(self, *, wait: bool = False) -> None:
-            at_once.append(self.in_flight)
-            super().submit(wait=wait)
-
     if _ring_reason():
         pytest.skip(_ring_reason())
-    engine = open_engine(Watched(), "io_uring", label="test", depth=8, pending_max=20)
+    machine = Watched()
+    engine = open_engine(machine, "io_uring", label="test", depth=8, pending_max=20)
     pages = [read(fd, page) for page in range(PAGES)]
     broken = Transfer(Op.READ, -5, [aligned(PAGE_BYTES)])
     results = await engine.submit([*pages, broken, *pages]).done
-    assert results[:PAGES] == results[PAGES + 1 :] == [PAGE_BYTES] * PAGES and max(at_once) == 2
+    assert results[:PAGES] == results[PAGES + 1 :] == [PAGE_BYTES] * PAGES and max(machine.at_once) == 2
     assert await engine.submit([read(fd, 0, PAGES)]).done == [PAGES * PAGE_BYTES]  # one that is larger goes alone
     engine.close()
 
@@ -269,6 +276,26 @@ async def test_writes_wait_at_the_kernel_in_as_many_chains_as_the_disk_may_have(
     assert isinstance(results.pop(2), OSError), "what comes after a failed write is written all the same"
     assert results == [PAGE_BYTES] * 8 + [0] and os.pread(fd, 8 * PAGE_BYTES, 0) == b"".join([*pages, bytes([8]) * PAGE_BYTES])
     assert chains == [[0, 1, 77, 2, 3], [4, 5, 6], []]
+    engine.close()
+
+
+async def test_of_what_is_left_half_is_at_the_kernel_so_that_little_comes_last(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_engine, "KERNEL_BYTES", 8 * PAGE_BYTES)
+    monkeypatch.setattr(ring_engine, "LAST_BYTES", PAGE_BYTES)
+    if _ring_reason():
+        pytest.skip(_ring_reason())
+    machine = Watched()
+    engine = open_engine(machine, "io_uring", label="test", depth=32, pending_max=200)
+
+    def checked(page: int) -> Transfer:
+        return Transfer(Op.READ, fd, [aligned(PAGE_BYTES)], page % PAGES * PAGE_BYTES, lambda: PAGE_BYTES)
+
+    engine.abandon(engine.submit([checked(page) for page in range(100)]))  # what is given up isn't left any more
+    first = len(machine.at_once)
+    await engine.submit([checked(page) for page in range(32)]).done
+    assert max(machine.at_once) == 8 and machine.at_once[-1] == 0
+    placed = [at_once for at_once in machine.at_once[first:] if at_once]
+    assert placed[-1] == 1 and sorted(placed, reverse=True)[:2] == [8, 8], placed
     engine.close()
 
 
