@@ -84,8 +84,8 @@ def capacity_of(trials: Sequence[Figures], slo: Slo) -> Figures | None:
 
 
 def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
-    """Against the sum of the rates. What a single source's request takes beside its load, `split` takes too: its tail has to
-    be computed afterwards. Under MEET that is compute like the rest."""
+    """Against the sum of the rates. What a single source's request takes beside its load, the others take too: its tail attends to
+    all that was loaded, so it is computed afterwards."""
     ttft = {one.mode: median_ttft_s(one) for one in here}
     out = {_key(f"one_request_{_word(mode)}_ttft_s", name): seconds for mode, seconds in ttft.items()}
     single = min((ttft[mode] for mode in SINGLE_SOURCES if mode in ttft), default=None)
@@ -96,8 +96,8 @@ def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
     beside_s, made = max(0.0, single - kv_bytes / storage), kv_bytes / ttft[RECOMPUTE]
     bounds = {
         "split": one_request_bound_s(kv_bytes, [storage, storage], beside_s),
-        "split+meet": one_request_bound_s(kv_bytes, [storage, storage, made], 0.0),
-        FULL: one_request_bound_s(kv_bytes, [storage, storage, made], 0.0),
+        "split+meet": one_request_bound_s(kv_bytes, [storage, storage, made], beside_s),
+        FULL: one_request_bound_s(kv_bytes, [storage, storage, made], beside_s),
     }
     for mode, bound_s in bounds.items():
         if mode in ttft:

@@ -50,6 +50,14 @@ class Size(msgspec.Struct, frozen=True):
 FULL = Size(contexts=16, turns=6, online_turns=4, online_window_s=90.0, long_context_tokens=8192)
 
 
+class Machine(msgspec.Struct, frozen=True):
+    """What this machine does with one request at a time, over unshaped links: bytes of KV a second that one prefill worker makes of a
+    prompt of the mean length, and the time per output token."""
+
+    recompute_bytes_per_s: float
+    tpot_s: float
+
+
 class Results:
     """Measured jobs of one report, each in a file."""
 
@@ -83,7 +91,7 @@ class Experiment:
         self._vocab = model.vocab_size(self._model)
         self._agents = trajectories.agents(seed, size.contexts, size.turns, size.statistics, self._vocab)
         rng = random.Random(seed + 1)
-        self._recomputed = Path()
+        self._machine_file = Path()
         self._primers = [self._tokens(rng, size.statistics.context) for _ in range(PRIMERS)]
         self._long = [self._tokens(rng, size.long_context_tokens) for _ in range(REPEATS)]
 
@@ -102,7 +110,7 @@ class Experiment:
             with self._cluster(mode) as cluster:
                 self._prime(cluster, mode)
                 links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
-                guess = round(0.9 * links * model.STORAGE_OVER_RECOMPUTE * self._recompute() / per_agent, 2)
+                guess = round(0.9 * links * model.STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s / per_agent, 2)
                 found = capacity(functools.partial(self._trial, cluster, mode), guess)
                 say(f"online {self._lab.topology} {mode}: {found:.3g} agents/s")
 
@@ -130,7 +138,7 @@ class Experiment:
         shortest = sorted((agent.context for agent in self._agents), key=len)[:REPEATS]
         with self._cluster(*dict.fromkeys(mode for _, mode in left)) as cluster:
             for over, mode in left:
-                made = self._recompute()
+                made = self._machine().recompute_bytes_per_s
                 self._lab.shape(Rates(over * made, max(CROSSING_COMPUTE_MIN, COMPUTE_OVER_STORAGE * over) * made))
                 self._prime(cluster, mode, CROSSING_PRIMERS)
                 self._singles(cluster, shortest, "crossing", mode, over)
@@ -168,7 +176,7 @@ class Experiment:
         turns_until_s: float | None = None, at_once: int | None = None,
     ) -> Measured:  # fmt: skip
         job = Job(cluster.urls[mode], cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
-        measured = measure(self._lab, cluster, job, part=part, mode=mode, step=step)
+        measured = measure(self._lab, cluster, job, part=part, mode=mode, step=step, tpot_alone_s=self._machine().tpot_s)
         self._results.put(measured)
         found = figures(measured, self._slo)
         ttft = f", TTFT p50 {found.ttft.p50:.0f} ms" if found.ttft else ""
@@ -181,7 +189,7 @@ class Experiment:
         warm = self._warm()
         live = self._data / "live"
         copy_store(warm, live)
-        storage = model.STORAGE_OVER_RECOMPUTE * self._recompute()
+        storage = model.STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s
         self._lab.shape(Rates(storage, COMPUTE_OVER_STORAGE * storage))
         with self._running(live, mode) as cluster:
             for other in others:
@@ -199,12 +207,12 @@ class Experiment:
             cluster.kill()
 
     def _warm(self) -> Path:
-        """The store with every context in it, made once for a seed and a size; beside it, how fast one worker recomputes."""
+        """The store with every context in it, made once for a seed and a size; beside it, what the machine does with one request."""
         stored = [*trajectories.contexts_of(self._agents), *self._primers, *self._long]
         blocks = sum(len(context) // model.BLOCK_TOKENS for context in stored)
         folder = self._data / f"warm-{self._model.name}-{self._seed}-{blocks}"
-        self._recomputed = folder.with_suffix(".json")
-        if self._recomputed.exists():
+        self._machine_file = folder.with_suffix(".json")
+        if self._machine_file.exists():
             return folder
         say(f"storing {len(stored)} contexts, {blocks} blocks of {model.bytes_per_block(model.shape())} bytes (not measured)")
         self._lab.shape(Rates())
@@ -213,15 +221,17 @@ class Experiment:
             url, name = cluster.urls["basic"], cluster.model_name
             drive(self._lab, Job(url, name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks))
             rng = random.Random(self._seed + 2)
-            fresh = [Agent(n, self._tokens(rng, self._size.statistics.context), (Turn((), 1),)) for n in range(REPEATS)]
-            took = drive(self._lab, Job(url, name, fresh, [0.0] * REPEATS, at_once=1))
-        self._recomputed.write_bytes(msgspec.json.encode(made_bytes_per_s(took.samples)))
+            tokens = self._size.statistics.generated
+            fresh = [Agent(n, self._tokens(rng, self._size.statistics.context), (Turn((), tokens),)) for n in range(REPEATS)]
+            took = drive(self._lab, Job(url, name, fresh, [0.0] * REPEATS, at_once=1)).samples
+        machine = Machine(made_bytes_per_s(took), statistics.median(sample.tpot_s or 0.0 for sample in took))
+        self._machine_file.write_bytes(msgspec.json.encode(machine))
         return folder
 
-    def _recompute(self) -> float:
-        """Bytes of KV a second that one prefill worker makes of a prompt of the mean length. Measured when the store was warmed."""
+    def _machine(self) -> Machine:
+        """Measured when the store was warmed."""
         self._warm()
-        return msgspec.json.decode(self._recomputed.read_bytes(), type=float)
+        return msgspec.json.decode(self._machine_file.read_bytes(), type=Machine)
 
     def _tokens(self, rng: random.Random, count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(trajectories.FIRST_TOKEN_ID, self._vocab) for _ in range(count))

@@ -56,6 +56,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         part: "offline", "online", "one-request" or "crossing".
         step: what was varied within the part: agents per second, bytes per second; 0: nothing.
+        tpot_alone_s: of one request at a time, measured before over unshaped links.
         cpu_s: CPU seconds of each process of the cluster meanwhile.
         machine_cpu_s: of everything on the machine, other people's work too.
         cores: how many the machine has.
@@ -71,6 +72,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: dict[str, float]
     machine_cpu_s: float
     cores: int
+    tpot_alone_s: float = 0.0
 
     @property
     def name(self) -> str:

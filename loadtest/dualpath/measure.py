@@ -48,7 +48,9 @@ class Ticker:
         self.ticks.append(Tick(round(time.monotonic() - self._began, 4), counted))
 
 
-def measure(lab: Lab, cluster: Cluster, job: Job, *, part: str, mode: str, step: float = 0.0) -> Measured:
+def measure(
+    lab: Lab, cluster: Cluster, job: Job, *, part: str, mode: str, step: float = 0.0, tpot_alone_s: float = 0.0
+) -> Measured:
     """Runs the job in the control namespace. Raises Unavailable when its process fails."""
     busy, cores = machine_cpu()
     cpu = cluster.cpu_s()
@@ -57,7 +59,7 @@ def measure(lab: Lab, cluster: Cluster, job: Job, *, part: str, mode: str, step:
     used = {name: round(now - cpu[name], 2) for name, now in cluster.cpu_s().items()}
     busy_s = round(machine_cpu()[0] - busy, 2)
     return Measured(part=part, topology=str(lab.topology), mode=mode, step=step, rates=lab.rates, done=done, ticks=ticker.ticks,
-                    cpu_s=used, machine_cpu_s=busy_s, cores=cores)  # fmt: skip
+                    cpu_s=used, machine_cpu_s=busy_s, cores=cores, tpot_alone_s=tpot_alone_s)  # fmt: skip
 
 
 def drive(lab: Lab, job: Job) -> Done:

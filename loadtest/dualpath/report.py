@@ -52,6 +52,7 @@ def facts(found: Sequence[Measured], slo: Slo) -> list[tuple[str, str]]:
     """What the figures hold for."""
     of, shape = Statistics(), model.shape()
     turn = model.cost(shape, of.context - model.BLOCK_TOKENS / 2, of.appended + model.BLOCK_TOKENS / 2)
+    objective = slo.here(max((one.tpot_alone_s for one in found), default=0.0))
     storage = max((one.rates.storage or 0.0 for one in found if one.part != "crossing"), default=0.0)
     return [
         (
@@ -69,7 +70,10 @@ def facts(found: Sequence[Measured], slo: Slo) -> list[tuple[str, str]]:
         ),
         ("trajectories", f"paper's 64K set / {SCALE}: {of.context} + {of.appended} tokens, {of.generated} generated"),
         ("hit rate of the paper", f"{PAPER_HIT_RATE:.1%}"),
-        ("objective", f"{slo.share:.0%} with TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s * 1e3:g} ms"),
+        (
+            "objective",
+            f"{objective.share:.0%} with TTFT <= {objective.ttft_s:g} s and TPOT <= {objective.tpot_s * 1e3:.0f} ms (the paper's, or twice that of one request alone)",
+        ),
     ]
 
 
