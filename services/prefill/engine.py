@@ -34,7 +34,7 @@ from services.worker.engine.sampling import Sampled
 from services.worker.engine.scheduler import Chunk
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.types import Claim, EngineLoad, NewSequence, SequenceStep, StepResult
-from services.worker.ledger import Ledger, Wait
+from services.worker.ledger import Ledger, Loader, Wait
 from services.worker.model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class PrefillEngine:
         for run in sorted(self._live.values(), key=lambda run: run.due_s(blocks_per_s)):
             if len(pieces) == self._sequences_max or tokens_left < self.block_tokens:
                 break
-            open_run = run.ledger.next_run(run.layers_wanted)
+            open_run = run.ledger.next_run(run.layers_wanted, self._reach)
             if not open_run:
                 continue
             piece = self._piece(run, open_run, budget, tokens_left, alone=not pieces)
@@ -237,6 +237,9 @@ class PrefillEngine:
             if budget <= 0:
                 break
         return pieces
+
+    def _reach(self, first: int, loader: Loader) -> int:
+        return self._quota.reach(first * self.block_tokens, self.block_tokens, loader)
 
     def _piece(self, run: Run, blocks: range, budget: float, tokens_left: int, *, alone: bool) -> Piece | None:
         """Claims the longest part of the open blocks that fits; at least one block when `alone`. None: nothing fits."""

@@ -6,10 +6,14 @@ measured to do in `QUOTA_S`. Sequences are packed in the engine's order; the one
 fits, found by binary search.
 """
 
+import math
+
 from services.worker.engine.speed import Speed
+from services.worker.ledger import Loader, quarter
 from services.worker.model import LoadedModel
 
 QUOTA_S = 0.3  # the paper's
+MEET_SHARE = 0.75  # of the way to where compute meets a loader: neither's speed is sure
 
 
 def attention_tokens(model: LoadedModel) -> float:
@@ -42,6 +46,12 @@ def fitting(start: int, end: int, step: int, budget: float, attention_tokens: fl
     return start + low * step
 
 
+def meeting_point(loader: Loader, step_s: float, block_s: float) -> float:
+    """How many blocks to compute in one step that ends when the loader has brought the others."""
+    block_loads_s = 1.0 / loader.blocks_per_s
+    return ((loader.left + loader.coming) * block_loads_s - step_s) / (block_s + block_loads_s)
+
+
 class Quota:
     """What one step may compute, from what steps have taken.
 
@@ -71,6 +81,16 @@ class Quota:
             return 0.0
         tokens = min(max(1.0, (QUOTA_S - speed.step_s) * speed.tokens_per_s), self._tokens_max)
         return tokens / (speed.step_s + tokens / speed.tokens_per_s)
+
+    def reach(self, start: int, block_tokens: int, loader: Loader) -> int:
+        """How many blocks from token `start` on to compute now, while a loader comes towards them: most of the way to where they
+        meet, then most of the rest. 0: the loader is there before a step would be over."""
+        speed = self._equivalents
+        if not loader.blocks_per_s or not speed.tokens_per_s:
+            return quarter(start, loader)
+        block_s = cost(start, start + block_tokens, self.attention_tokens) / speed.tokens_per_s
+        meets = meeting_point(loader, speed.step_s, block_s)
+        return math.ceil(MEET_SHARE * meets) if meets >= 1.0 else 0
 
     def measured(self, chunks: list[tuple[int, int]], seconds: float) -> None:
         """A step over these token ranges took so long."""

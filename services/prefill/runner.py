@@ -191,9 +191,10 @@ class _Run:
         self._finish()
 
     async def _beat(self) -> None:
-        """Says that the run is alive, for as long as the engine is."""
+        """Says that the run is alive, for as long as the engine is, which looks again at what a loader was better left and did not bring."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
+            self._in.engine.wake()
             if self._in.engine.stalled_s() < ENGINE_STALLED_S:
                 self.tell()
 

@@ -17,16 +17,33 @@ Invariants:
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
 from common.routes import Leg
 
-# Where a loader comes from the other end, compute takes a share of what lies between: the nearer they are, the less.
+
+class Loader(NamedTuple):
+    """What comes from the other end of a leg: `left` blocks are open before it, it has claimed `coming` more, and has brought
+    `blocks_per_s` so far; 0: none yet."""
+
+    left: int
+    coming: int
+    blocks_per_s: float
+
+
+# How many blocks to compute from the given one on, towards a loader.
+Reach = Callable[[int, Loader], int]
 CONTESTED_SHARE = 4
 CONTESTED_BLOCKS_MIN = 2
+
+
+def quarter(first: int, loader: Loader) -> int:
+    """The nearer they are, the less: nothing need be known of how fast they are."""
+    return max(CONTESTED_BLOCKS_MIN, loader.left // CONTESTED_SHARE)
 
 
 class State(IntEnum):
@@ -54,6 +71,7 @@ class Ledger:
         self._state = np.zeros(blocks, dtype=np.int8)
         self._layers = np.zeros(blocks, dtype=np.int16)  # leading layers that are there
         self._unclaimed = {leg: leg.last_block for leg in legs}  # [leg.first_block, this) may still be claimed by its loader
+        self._began_s: dict[Leg, float] = {}  # when its loader claimed its first blocks
         self._closed = False
 
     # Loaders
@@ -66,12 +84,16 @@ class Ledger:
         """The next blocks from the end of a leg, at most `count`; empty when it has met what is computed."""
         with self._changed:
             last = self._unclaimed[leg]
-            first = last
-            while first > max(leg.first_block, last - count) and self._state[first - 1] == State.OPEN:
-                first -= 1
+            first = max(last - count, self._open_from(leg))
+            self._began_s.setdefault(leg, time.monotonic())
             self._state[first:last] = State.LOADING
             self._unclaimed[leg] = first if first < last else leg.first_block
             return range(first, last)
+
+    def left(self, leg: Leg) -> int:
+        """How many blocks of a leg its loader could still claim."""
+        with self._changed:
+            return self._unclaimed[leg] - self._open_from(leg)
 
     def arrived(self, blocks: Sequence[int], layers: int) -> None:
         """The leading `layers` layers of blocks that are being loaded are there."""
@@ -89,8 +111,9 @@ class Ledger:
 
     # The engine
 
-    def next_run(self, layers: int = 1) -> range:
-        """What is to be computed next; empty while something before it has fewer than `layers` layers, or nothing is open."""
+    def next_run(self, layers: int = 1, reach: Reach = quarter) -> range:
+        """What is to be computed next; empty while something before it has fewer than `layers` layers, or nothing is open, or
+        what is open is better left to its loader."""
         with self._changed:
             still = np.flatnonzero(self._state == State.OPEN)
             if not len(still):
@@ -102,7 +125,7 @@ class Ledger:
             last = first + int(closed[0]) if len(closed) else self.blocks
             for leg, unclaimed in self._unclaimed.items():
                 if leg.first_block <= first < unclaimed:  # a loader works towards us
-                    last = min(last, unclaimed, first + max(CONTESTED_BLOCKS_MIN, (unclaimed - first) // CONTESTED_SHARE))
+                    last = min(last, unclaimed, first + reach(first, self._loader(leg, unclaimed - first)))
             return range(first, last)
 
     def take(self, run: range) -> int:
@@ -157,6 +180,18 @@ class Ledger:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _open_from(self, leg: Leg) -> int:
+        """The first block from which on all that its loader did not claim are open."""
+        last = self._unclaimed[leg]
+        taken = np.flatnonzero(self._state[leg.first_block : last] != State.OPEN)
+        return leg.first_block + int(taken[-1]) + 1 if len(taken) else leg.first_block
+
+    def _loader(self, leg: Leg, left: int) -> Loader:
+        claimed = self._state[self._unclaimed[leg] : leg.last_block]
+        came = int((claimed == State.THERE).sum())
+        seconds = max(1e-6, time.monotonic() - self._began_s[leg]) if came else 1.0
+        return Loader(left, int((claimed == State.LOADING).sum()), came / seconds)
 
     def _reopen(self, blocks: Sequence[int], state: State) -> None:
         with self._changed:

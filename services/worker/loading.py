@@ -32,7 +32,7 @@ from services.worker.turns import Turns
 log = Log("loading")
 BLOCKS_PER_READ = 16  # one request's worth: deep enough to keep the disk busy, small enough to fail early
 READS_IN_FLIGHT = 2  # from one kvstore, of all requests together: the next one is asked for while one comes
-MEET_BATCHES = 8  # a leg that meets compute is claimed in at least so many batches, so that the ends meet closely
+MEET_SHARE = 8  # of what is left of a leg that meets compute, a batch is so small a part that the ends meet closely
 
 
 # How reads end that a kvstore never answered.
@@ -101,10 +101,9 @@ def in_order(blocks: Sequence[int]) -> Batches:
 
 def from_back(ledger: Ledger, leg: Leg, claimed: Callable[[range], None] = lambda blocks: None) -> Batches:
     """A leg's blocks from its end, a batch at a time, until what is computed from the front is met."""
-    count = max(1, min(BLOCKS_PER_READ, leg.blocks // MEET_BATCHES))
 
     async def following() -> Sequence[int]:
-        blocks = ledger.claim_back(leg, count)
+        blocks = ledger.claim_back(leg, max(1, min(BLOCKS_PER_READ, ledger.left(leg) // MEET_SHARE)))
         if blocks:
             claimed(blocks)
         return blocks

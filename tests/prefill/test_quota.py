@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.prefill.quota import QUOTA_S, Quota, cost, fitting
+from services.prefill.quota import QUOTA_S, Quota, cost, fitting, meeting_point
+from services.worker.ledger import Loader
 
 
 def test_a_token_costs_one_and_its_share_of_attention() -> None:
@@ -53,3 +54,28 @@ def test_a_long_prompt_pays_the_fixed_part_of_every_step() -> None:
     for tokens in (50, 100, 150, 200):
         quota.measured([(0, tokens)], 0.1 + tokens / 1000)
     assert abs(quota.tokens_per_s - (QUOTA_S - 0.1) * 1000 / QUOTA_S) < 1e-3
+
+
+@given(st.integers(1, 500), st.integers(0, 50), st.floats(1, 1e4), st.floats(0, 0.1), st.floats(1e-4, 1))
+def test_where_they_meet_both_are_done(left: int, coming: int, per_s: float, step_s: float, block_s: float) -> None:
+    computed = meeting_point(Loader(left, coming, per_s), step_s, block_s)
+    assert abs(step_s + computed * block_s - (left + coming - computed) / per_s) < 1e-6 * (1 + left + coming)
+
+
+def test_compute_goes_towards_a_loader_in_few_steps_and_leaves_it_the_last_blocks() -> None:
+    quota = Quota(float("inf"), tokens_max=4096)
+    for tokens in (50, 100, 150, 200):
+        quota.measured([(0, tokens)], 0.02 + tokens / 1000)  # a block of 16 tokens: 16 ms
+    left, first, taken, loaded = 100, 0, [], 0.0
+    while left and (count := quota.reach(first * 16, 16, Loader(left, 0, 100.0))):
+        taken.append(count)
+        first, loaded = first + count, loaded + (0.02 + 0.016 * count) * 100
+        left = max(0, 100 - first - int(loaded))
+    assert len(taken) <= 4 and taken == sorted(taken, reverse=True), taken
+    assert abs(sum(taken) - 100 / (1 + 1.6)) < 5  # what two ends that never stop would give
+
+
+def test_a_loader_that_has_brought_nothing_is_met_by_quarters() -> None:
+    quota = Quota(float("inf"), tokens_max=4096)
+    quota.measured([(0, 100)], 0.1)
+    assert quota.reach(0, 16, Loader(40, 16, 0.0)) == 10

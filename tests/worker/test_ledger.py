@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.routes import Leg, Source
-from services.worker.ledger import Ledger, State, Wait
+from services.worker.ledger import Ledger, Loader, State, Wait
 
 LAYERS = 3
 LOADS = Source.STORAGE_TO_PREFILL
@@ -117,3 +117,23 @@ def test_compute_takes_less_the_nearer_the_loader_is(blocks: int) -> None:
         before = len(run)
         ledger.take(run)
         ledger.computed(run)
+
+
+def test_what_is_left_to_a_loader_is_computed_when_it_fails() -> None:
+    leg = one_leg(0, 10)
+    ledger = Ledger(11, LAYERS, [leg])
+    assert ledger.left(leg) == 10 and list(ledger.claim_back(leg, 3)) == [7, 8, 9] and ledger.left(leg) == 7
+    ledger.arrived([8, 9], LAYERS)
+    seen: list[Loader] = []
+
+    def nothing(first: int, loader: Loader) -> int:
+        seen.append(loader)
+        return 0
+
+    assert not ledger.next_run(1, nothing)
+    ((left, coming, blocks_per_s),) = seen
+    assert (left, coming) == (7, 1) and blocks_per_s > 0
+    ledger.failed([7])
+    while claimed := ledger.claim_back(leg, 16):
+        ledger.failed(claimed)
+    assert ledger.left(leg) == 0 and ledger.next_run(1, nothing) == range(8)

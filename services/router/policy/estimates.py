@@ -30,7 +30,7 @@ from services.router.policy.shares import Filler, share
 from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query
 
 RUN_S = 0.005  # a prefill run's round trips: the call, its leases, the first slices
-CLAIM_BLOCKS_MAX, CLAIMS_PER_LEG = 16, 8  # how finely legs are claimed under MEET (services/prefill/legs.py)
+CLAIM_BLOCKS = 3  # on their way when load and compute meet: one each of a reader's requests (services/worker/loading.py)
 MARGIN = 0.5  # of what is expected to be loaded under MEET: what may be loaded beyond that
 GUESS_ERROR = 1.0  # of an estimate that rests on a rate nobody measured
 
@@ -219,15 +219,15 @@ def _traffic(shape: Shape, division: Division, prompt_blocks: int | None) -> Mov
 
 
 def claim(blocks: int) -> int:
-    """Blocks that a load takes on at once under MEET: compute may have to wait for so many when they meet."""
-    return max(1, min(CLAIM_BLOCKS_MAX, blocks // CLAIMS_PER_LEG))
+    """Blocks of a leg that are on their way when MEET is over: compute may have to wait for so many."""
+    return min(CLAIM_BLOCKS, blocks)
 
 
 def _legs(shape: Shape, division: Division) -> tuple[Leg, ...]:
     """Resident blocks, then the loads in the plan's order.
 
     Under MEET, the first load's leg also covers the last of the blocks that compute is expected to take, so that the load goes
-    on when compute is late. It doesn't cover them all: the shorter a leg is, the finer are its claims.
+    on when compute is late. It doesn't cover them all: what nobody will load isn't queued.
     """
     legs = [Leg(0, division.resident, Source.RESIDENT)] if division.resident else []
     first = division.resident + division.computed
