@@ -7,6 +7,7 @@ rates), and then does its job.
 
 import functools
 import random
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -215,6 +216,7 @@ class Experiment:
         if self._machine_file.exists():
             return folder
         say(f"storing {len(stored)} contexts, {blocks} blocks of {model.bytes_per_block(model.shape())} bytes (not measured)")
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted: what is computed below must not be stored
         self._lab.shape(Rates())
         those = [Agent(n, (), (Turn(context, 1),)) for n, context in enumerate(stored)]
         with self._running(folder, "basic") as cluster:
