@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from common.blocks import Namespace
 from common.storage import BlockMeta
-from common.transport.memory import crc32c
+from common.transport.memory import checksums
 
 NAMESPACE = Namespace("70" * 32)
 ROOT = hashlib.sha256(b"bench-store").digest()
@@ -18,7 +18,7 @@ class Blocks:
     def __init__(self, block_bytes: int) -> None:
         self.block_bytes = block_bytes
         self.payload = memoryview(os.urandom(block_bytes))
-        self.checksum = crc32c(self.payload)
+        self.checksums = checksums(self.payload)
         self._made = 0
 
     def chain(self, count: int) -> list[BlockMeta]:

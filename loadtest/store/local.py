@@ -122,7 +122,7 @@ class LocalStore:
                 copy(buffer, self.blocks.payload)
                 self._filled.add(address(buffer))
             buffers.append(buffer)
-        statuses = await self.area.commit(reserved.token, parts, buffers, [self.blocks.checksum] * len(parts))
+        statuses = await self.area.commit(reserved.token, parts, buffers, [self.blocks.checksums] * len(parts))
         assert set(statuses) == {PartStatus.OK}, statuses
         self.store.release(reserved.token)
 
