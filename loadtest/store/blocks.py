@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-from common.blocks import Namespace
+from common.blocks import KEY_BYTES, Namespace
 from common.storage import BlockMeta
 from common.transport.memory import checksums
 
@@ -19,12 +19,11 @@ class Blocks:
         self.block_bytes = block_bytes
         self.payload = memoryview(os.urandom(block_bytes))
         self.checksums = checksums(self.payload)
-        self._made = 0
 
     def chain(self, count: int) -> list[BlockMeta]:
         """The next `count` blocks, a chain of their own."""
-        keys = [hashlib.sha256(ROOT + (self._made + i).to_bytes(8, "little")).digest() for i in range(count)]
-        self._made += count
+        drawn = os.urandom(KEY_BYTES * count)
+        keys = [drawn[at : at + KEY_BYTES] for at in range(0, len(drawn), KEY_BYTES)]
         return [BlockMeta(key, parent, self.block_bytes) for key, parent in zip(keys, [ROOT, *keys], strict=False)]
 
 
