@@ -23,7 +23,7 @@ from pathlib import Path
 from common.blocks import Namespace
 from common.storage import BlockMeta
 from common.transport.interface import Part, PartStatus
-from common.transport.memory import crc32c
+from common.transport.memory import checksums
 from services.kvstore.area import StoreArea
 from services.kvstore.options import StoreOptions
 from services.kvstore.scrub import Scrub
@@ -37,7 +37,7 @@ ROUND_S = 3.0
 async def fill(store: Store, area: StoreArea, keys: Sequence[bytes], length: int) -> None:
     """Writes a chain."""
     payload = random.Random(1).randbytes(length)
-    checksum = crc32c(payload)
+    known = checksums(payload)
     for first in range(0, len(keys), BATCH):
         batch = keys[first : first + BATCH]
         before = [keys[first - 1] if first else bytes(32), *batch[:-1]]
@@ -49,7 +49,7 @@ async def fill(store: Store, area: StoreArea, keys: Sequence[bytes], length: int
         assert len(places) == len(batch)
         for place in places:
             place[:] = payload
-        statuses = await area.commit(reserved.token, parts, places, [checksum] * len(batch))
+        statuses = await area.commit(reserved.token, parts, places, [known] * len(batch))
         assert set(statuses) == {PartStatus.OK}
         store.release(reserved.token)
 

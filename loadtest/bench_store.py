@@ -13,13 +13,13 @@ what they sustain that is compared. `--ramp-s 0` compares bursts.
 - `write`: durable, from the store's buffers. fio syncs (fdatasync) after every 8 MiB; the store answers each request of
   8 MiB when a sync that began after its writes has ended, so requests may share one. Both overwrite, in order: the store writes
   up to 1 MiB of neighbouring slots at once, so that at the same depth more is on its way where blocks are smaller. The store
-  reserves, evicts, and checksums the chunks; the bytes have come and their checksum is known.
+  reserves and evicts; the bytes have come, and the carrier has checked them, which gives the checksums of their chunks too.
 - `service_write`: the same from another process' memory, over gRPC and shm: copied and checksummed on the way.
 - `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only, which
   is that of the service's engine (loadtest/store/service.py).
 
 The sum: the disk's bandwidth is the ceiling of all rows but tcp's, whose ceiling is the lower of disk and plain socket.
-Reading costs a checksum (0.1-0.2 CPU s/GiB), writing one (of the chunks), service_write three and a copy, tcp two and two copies.
+Reading costs a checksum (0.1-0.2 CPU s/GiB), writing none, service_write two and a copy, tcp two and two copies.
 
 The last line is JSON: the worst ratio over the sizes at depth >= 8 for each path, then every row.
 """

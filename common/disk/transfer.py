@@ -17,7 +17,7 @@ class Op(Enum):
     SYNC = "sync"
 
 
-class Transfer(msgspec.Struct, frozen=True):
+class Transfer(msgspec.Struct, frozen=True, gc=False):
     """Bytes from `offset` of a file into or out of `buffers`, one after the other; or a sync of the file.
 
     `check` is called when all bytes have moved, on the loop or on a thread: what it returns (or raises) is

@@ -17,6 +17,8 @@ from typing import NewType, Protocol, runtime_checkable
 
 import msgspec
 
+from common.transport.memory import Checksums
+
 LeaseToken = NewType("LeaseToken", bytes)  # 16 random bytes; unguessable, so it is also the right
 TOKEN_BYTES = 16
 PARTS_MAX = 4096  # per request
@@ -126,7 +128,7 @@ class Area(Protocol):
         ...
 
     async def commit(
-        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
+        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[Checksums]
     ) -> list[PartStatus]:
         """The buffers hold the bytes, and their checksums were verified: make them count."""
         ...

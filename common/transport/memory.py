@@ -8,13 +8,22 @@ the work with `ValueError`.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import google_crc32c
+import msgspec
 import numpy as np
 
 PIECE_BYTES = 1 << 18  # stays in the second-level cache from the copy to the checksum
+SUM_BYTES = 1 << 16  # what has a checksum of its own in `Checksums`
 TURN_BYTES = 1 << 20
+
+
+class Checksums(msgspec.Struct, frozen=True, gc=False):
+    """CRC-32C of bytes, and of each SUM_BYTES of them: from one look at them, as the parts' give the whole's."""
+
+    whole: int
+    pieces: Sequence[int]
 
 
 def crc32c(data: memoryview | bytes | bytearray) -> int:
@@ -37,25 +46,61 @@ def copy(into: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
 
 
-async def checksum_of_copy(into: memoryview, source: memoryview) -> int:
-    """Copies, and returns the CRC-32C of what arrived: the source may change under us."""
-    return await _copy(into, source, into)
+def checksums(data: memoryview | bytes) -> Checksums:
+    """Of a contiguous buffer, at one go."""
+    view = memoryview(data)
+    return _joined([crc32c(view[at : at + SUM_BYTES]) for at in range(0, len(view), SUM_BYTES)], view)
+
+
+async def checksums_in_turns(data: memoryview) -> Checksums:
+    """`checksums`. Raises `ValueError` when `data` is released meanwhile."""
+    pieces = []
+    for start in range(0, len(data), SUM_BYTES):
+        pieces.append(_extend(0, data[start : start + SUM_BYTES]))
+        if not (start + SUM_BYTES) % TURN_BYTES:
+            await asyncio.sleep(0)
+    return _joined(pieces, data)
+
+
+async def checksums_of_copy(into: memoryview, source: memoryview) -> Checksums:
+    """Copies equal lengths, and returns the checksums of what arrived: the source may change under us.
+
+    When this ends, in whatever way, nothing is written any more.
+    """
+    pieces = []
+    for start in range(0, len(into), SUM_BYTES):
+        piece = into[start : start + SUM_BYTES]
+        piece[:] = source[start : start + SUM_BYTES]
+        pieces.append(_extend(0, piece))
+        piece.release()
+        if not (start + SUM_BYTES) % TURN_BYTES:
+            await asyncio.sleep(0)
+    return _joined(pieces, into)
 
 
 async def copy_with_checksum(into: memoryview, source: memoryview) -> int:
-    """Copies, and returns the CRC-32C of the source, so that the reader's check covers the copy."""
-    return await _copy(into, source, source)
+    """Copies equal lengths, and returns the CRC-32C of the source, so that the reader's check covers the copy.
 
-
-async def _copy(into: memoryview, source: memoryview, checked: memoryview) -> int:
-    """Equal lengths. When this ends, in whatever way, nothing is written any more."""
+    When this ends, in whatever way, nothing is written any more.
+    """
     value = 0
     for start, end in _pieces(len(into)):
         into[start:end] = source[start:end]
-        value = _extend(value, checked[start:end])
+        value = _extend(value, source[start:end])
         if not end % TURN_BYTES:
             await asyncio.sleep(0)
     return value
+
+
+def _joined(pieces: Sequence[int], data: memoryview) -> Checksums:
+    """The checksum of `data` out of its pieces': a short one at the end is looked at once more."""
+    whole = 0
+    a, b, c, d = _BEHIND
+    for piece in pieces[: len(data) // SUM_BYTES]:
+        whole = a[whole & 255] ^ b[whole >> 8 & 255] ^ c[whole >> 16 & 255] ^ d[whole >> 24] ^ piece
+    if tail := len(data) % SUM_BYTES:
+        whole = _extend(whole, data[-tail:])
+    return Checksums(whole, pieces)
 
 
 def _extend(value: int, data: memoryview | bytes | bytearray) -> int:
@@ -64,3 +109,20 @@ def _extend(value: int, data: memoryview | bytes | bytearray) -> int:
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(length, start + PIECE_BYTES)) for start in range(0, length, PIECE_BYTES))
+
+
+def _tables() -> Sequence[Sequence[int]]:
+    """What becomes of a CRC when SUM_BYTES follow, but for their own: linear in its bits, so a table for each of its bytes."""
+    zeros = bytes(SUM_BYTES)
+    own = crc32c(zeros)
+    bits = [_extend(1 << bit, zeros) ^ own for bit in range(32)]
+    tables = []
+    for first in range(0, 32, 8):
+        table = [0]
+        for bit in bits[first : first + 8]:
+            table += [value ^ bit for value in table]
+        tables.append(table)
+    return tables
+
+
+_BEHIND = _tables()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from common.errors import PenstockError
 from common.transport.frames import Transfer
 from common.transport.interface import Area, Part, PartStatus
-from common.transport.memory import checksum_of_copy, crc32c_in_turns
+from common.transport.memory import Checksums, checksums_in_turns, checksums_of_copy
 from common.transport.streams import ByteStream, discard
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class IncomingWrite:
         given = self._ask()
         self._buffers: list[memoryview | None] = [None if isinstance(item, PartStatus) else item for item in given]
         self.statuses = [item if isinstance(item, PartStatus) else PartStatus.FAILED for item in given]
+        self._checksums: dict[int, Checksums] = {}  # of what arrived well
 
     async def receive(self, stream: ByteStream) -> None:
         """Takes the payload off the stream, whatever becomes of it. Raises `TransferFailed`."""
@@ -50,14 +51,14 @@ class IncomingWrite:
             elif not await stream.receive(buffer, part.length):
                 self.abort(PartStatus.REJECTED, index)
             else:
-                await self._check(index, crc32c_in_turns(buffer))
+                await self._check(index, checksums_in_turns(buffer))
 
     async def copy_from(self, spans: Sequence[memoryview]) -> None:
         """Takes the bytes out of the client's memory, which may change meanwhile: the copy is what is checked."""
         for index, span in enumerate(spans):
             buffer = self._buffers[index]
             if buffer is not None:
-                await self._check(index, checksum_of_copy(buffer, span))
+                await self._check(index, checksums_of_copy(buffer, span))
 
     async def commit(self) -> None:
         """Sets the statuses of what had arrived well."""
@@ -65,7 +66,7 @@ class IncomingWrite:
         if not ready:
             return
         request = self._request
-        parts, checksums = [request.parts[i] for i, _ in ready], [request.checksums[i] for i, _ in ready]
+        parts, checksums = [request.parts[i] for i, _ in ready], [self._checksums[i] for i, _ in ready]
         work = self._area.commit(request.token, parts, [buffer for _, buffer in ready], checksums)
         for (index, _), status in zip(ready, await _guarded(work, [PartStatus.FAILED] * len(ready)), strict=True):
             self.statuses[index] = status
@@ -86,9 +87,10 @@ class IncomingWrite:
             log.exception("byte plane: the area failed to give buffers")
             return [PartStatus.FAILED] * len(self._request.parts)
 
-    async def _check(self, index: int, checksum: Coroutine[Any, Any, int]) -> None:
+    async def _check(self, index: int, arriving: Coroutine[Any, Any, Checksums]) -> None:
         try:
-            if await checksum != self._request.checksums[index]:
+            arrived = self._checksums[index] = await arriving
+            if arrived.whole != self._request.checksums[index]:
                 self.abort(PartStatus.CORRUPT, index)
         except ValueError:  # the buffer was released: the area took it back
             self.abort(PartStatus.REJECTED, index)

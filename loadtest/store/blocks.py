@@ -4,9 +4,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-from common.blocks import Namespace
+from common.blocks import KEY_BYTES, Namespace
 from common.storage import BlockMeta
-from common.transport.memory import crc32c
+from common.transport.memory import checksums
 
 NAMESPACE = Namespace("70" * 32)
 ROOT = hashlib.sha256(b"bench-store").digest()
@@ -18,13 +18,12 @@ class Blocks:
     def __init__(self, block_bytes: int) -> None:
         self.block_bytes = block_bytes
         self.payload = memoryview(os.urandom(block_bytes))
-        self.checksum = crc32c(self.payload)
-        self._made = 0
+        self.checksums = checksums(self.payload)
 
     def chain(self, count: int) -> list[BlockMeta]:
         """The next `count` blocks, a chain of their own."""
-        keys = [hashlib.sha256(ROOT + (self._made + i).to_bytes(8, "little")).digest() for i in range(count)]
-        self._made += count
+        drawn = os.urandom(KEY_BYTES * count)
+        keys = [drawn[at : at + KEY_BYTES] for at in range(0, len(drawn), KEY_BYTES)]
         return [BlockMeta(key, parent, self.block_bytes) for key, parent in zip(keys, [ROOT, *keys], strict=False)]
 
 

@@ -8,6 +8,7 @@ the carrier's work) they are committed, and answered when durable. Enough reques
 """
 
 import asyncio
+import hashlib
 import random
 import resource
 import time
@@ -28,7 +29,7 @@ from services.kvstore.checkpoint import footprint_bytes
 from services.kvstore.disk import OWN_FILES_BYTES
 from services.kvstore.options import StoreOptions
 from services.kvstore.record import Geometry
-from services.kvstore.store import Store
+from services.kvstore.store import Reserved, Store
 
 LEASE_S = 600.0
 SEGMENT_BYTES = 64 << 20
@@ -65,6 +66,16 @@ class LocalStore:
         step = max(1, BATCH_BYTES // self._block_bytes)
         for first in range(0, self.capacity, step):
             await self._write(self._chain[first : first + step])
+
+    async def fill_scattered(self) -> None:
+        """Writes a block over each slot, one by one in random order: so they go, and slots that are free at once aren't neighbours."""
+        chain = self.blocks.chain(self.capacity)
+        alone = [BlockMeta(block.key, hashlib.sha256(block.key).digest(), block.length) for block in chain]
+        reserved = [await self.store.reserve(NAMESPACE, [block], LEASE_S) for block in alone]
+        random.shuffle(reserved)
+        at_once = BATCH_BYTES // self._block_bytes
+        for first in range(0, self.capacity, at_once):
+            await asyncio.gather(*(self._fill_slots(one, 1) for one in reserved[first : first + at_once]))
 
     async def close(self) -> None:
         await self.area.settle()
@@ -112,9 +123,11 @@ class LocalStore:
             clock.note(began, count * self._block_bytes)
 
     async def _write(self, chain: Sequence[BlockMeta]) -> None:
-        reserved = await self.store.reserve(NAMESPACE, chain, LEASE_S)
+        await self._fill_slots(await self.store.reserve(NAMESPACE, chain, LEASE_S), len(chain))
+
+    async def _fill_slots(self, reserved: Reserved, count: int) -> None:
         assert reserved.token is not None and set(reserved.admissions) == {Admission.ACCEPTED}, reserved.admissions
-        parts = [Part(i, 0, self._block_bytes) for i in range(len(chain))]
+        parts = [Part(i, 0, self._block_bytes) for i in range(count)]
         buffers: list[memoryview] = []
         for buffer in self.area.write_buffers(reserved.token, parts):
             assert isinstance(buffer, memoryview), buffer
@@ -122,7 +135,7 @@ class LocalStore:
                 copy(buffer, self.blocks.payload)
                 self._filled.add(address(buffer))
             buffers.append(buffer)
-        statuses = await self.area.commit(reserved.token, parts, buffers, [self.blocks.checksum] * len(parts))
+        statuses = await self.area.commit(reserved.token, parts, buffers, [self.blocks.checksums] * count)
         assert set(statuses) == {PartStatus.OK}, statuses
         self.store.release(reserved.token)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from common.transport.interface import Extent, LeaseToken, Part, PartStatus
+from common.transport.memory import Checksums
 from services.kvstore.area_extents import locate
 from services.kvstore.area_reads import ReadResult, Reads
 from services.kvstore.area_writes import Writes
@@ -30,7 +31,7 @@ class StoreArea:
         return self.writes.places(token, parts)
 
     async def commit(
-        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
+        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[Checksums]
     ) -> list[PartStatus]:
         return await self.writes.commit(token, parts, checksums)
 

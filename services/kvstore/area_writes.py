@@ -13,6 +13,7 @@ from common.disk.buffers import BufferPool
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
+from common.transport.memory import Checksums
 from services.kvstore.chunks import encode_table
 from services.kvstore.leases import WriteLease
 from services.kvstore.record import PAGE_BYTES
@@ -57,7 +58,7 @@ class Writes:
         self._filling[token, part.item] = lease, item
         return image[PAGE_BYTES : PAGE_BYTES + geometry.payload_bytes]
 
-    async def commit(self, token: LeaseToken, parts: Sequence[Part], checksums: Sequence[int]) -> list[PartStatus]:
+    async def commit(self, token: LeaseToken, parts: Sequence[Part], checksums: Sequence[Checksums]) -> list[PartStatus]:
         """As `Area.commit`. Goes on when the caller is cancelled."""
         filled = [self._filling.pop((token, part.item)) for part in parts]
         task = asyncio.create_task(self._commit(filled, checksums))
@@ -80,7 +81,7 @@ class Writes:
         while self._commits:
             await asyncio.wait(self._commits)
 
-    async def _commit(self, filled: Sequence[tuple[WriteLease, WriteItem]], checksums: Sequence[int]) -> list[PartStatus]:
+    async def _commit(self, filled: Sequence[tuple[WriteLease, WriteItem]], checksums: Sequence[Checksums]) -> list[PartStatus]:
         if not filled:
             return []
         lease, items = filled[0][0], [item for _, item in filled]
@@ -96,28 +97,30 @@ class Writes:
             self._drop_image(item)
         return statuses
 
-    async def _write(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int]) -> list[PartStatus]:
+    async def _write(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[Checksums]) -> list[PartStatus]:
         """Writes a group and settles its items."""
         writes = [SlotWrite(*lease.shelf.place(item.slot), _image(item)) for item in items]
         written = await self._store.write(writes, self._seal(lease, items, checksums, writes))
         failed = written.failed
         good = [place for place in range(len(items)) if place not in failed] if failed else range(len(items))
         self._store.intake.filled(
-            lease, [items[i] for i in good], [checksums[i] for i in good], [written.sequences[i] for i in good]
+            lease, [items[i] for i in good], [checksums[i].whole for i in good], [written.sequences[i] for i in good]
         )
         statuses = [PartStatus.OK] * len(items)
         for place, error in failed.items():
             statuses[place] = self._failed(lease, items[place], error)
         return statuses
 
-    def _seal(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int], writes: Sequence[SlotWrite]) -> Seal:
+    def _seal(
+        self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[Checksums], writes: Sequence[SlotWrite]
+    ) -> Seal:
         """Makes the headers of a group, as far as they are known without the numbers, and clears what pads the payloads."""
         shelf, images = lease.shelf, [write.image for write in writes]
         end = PAGE_BYTES + shelf.geometry.payload_bytes
         pages = SlotPages(
             [item.key for item in items],
             [item.parent for item in items],
-            checksums,
+            [checksum.whole for checksum in checksums],
             [(write.segment.number, write.slot) for write in writes],
             namespace=shelf.namespace_bytes,
             payload_bytes=shelf.geometry.payload_bytes,
@@ -127,7 +130,7 @@ class Writes:
         )
         padding = bytes(shelf.geometry.slot_bytes - end)
         for place, image in enumerate(images):
-            if table := encode_table(image[PAGE_BYTES:end]):
+            if table := encode_table(image[PAGE_BYTES:end], checksums[place]):
                 pages.put_table(place, table)
             if padding:
                 image[end:] = padding

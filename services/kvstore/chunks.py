@@ -8,10 +8,10 @@ import struct
 
 import msgspec
 
-from common.transport.memory import crc32c
+from common.transport.memory import SUM_BYTES, Checksums, crc32c
 
 TABLE_OFFSET = 136  # in a slot page, behind its fields
-CHUNK_BYTES_MIN = 64 << 10  # about a layer slice of a block; smaller ones cost as many calls as bytes
+CHUNK_BYTES_MIN = SUM_BYTES  # about a layer slice of a block; smaller ones cost as many calls as bytes
 CHUNKS_MIN = 4  # of fewer, a range is hardly less than the block
 CHUNKS_MAX = 960  # what a slot page has room for
 _HEAD = struct.Struct("<II")
@@ -45,12 +45,14 @@ def chunk_bytes(payload_bytes: int) -> int:
     return size
 
 
-def encode_table(payload: memoryview) -> bytes:
-    """The table of a payload; empty when it has too few chunks."""
+def encode_table(payload: memoryview, known: Checksums) -> bytes:
+    """The table of a payload, whose checksums are known; empty when it has too few chunks."""
     size = chunk_bytes(len(payload))
     if len(payload) <= (CHUNKS_MIN - 1) * size:
         return b""
-    checksums = [crc32c(payload[at : at + size]) for at in range(0, len(payload), size)]
+    checksums = known.pieces
+    if size != SUM_BYTES:
+        checksums = [crc32c(payload[at : at + size]) for at in range(0, len(payload), size)]
     return _HEAD.pack(size, len(checksums)) + struct.pack(f"<{len(checksums)}I", *checksums)
 
 

@@ -159,10 +159,9 @@ class NewcomersFirst:
         self._counts[self._proven.view[slot]] -= 1
 
     def victim(self) -> int | None:
-        newcomer, proven = (queue.first for queue in self._queues)
-        first, second = newcomer, proven
-        if self._counts[0] <= NEWCOMERS_SHARE * sum(self._counts):
-            first, second = proven, newcomer
-        if first != NONE:
-            return first
-        return second if second != NONE else None
+        newcomers, proven = self._counts
+        first, second = self._queues
+        if newcomers <= NEWCOMERS_SHARE * (newcomers + proven):
+            first, second = second, first
+        slot = first.first if first.first != NONE else second.first
+        return slot if slot != NONE else None

@@ -1,7 +1,7 @@
 """Slots with nothing in them, by disk, so that a chain's consecutive blocks can go to different disks."""
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class FreeSlots:
@@ -24,6 +24,10 @@ class FreeSlots:
 
     def add(self, slot: int) -> None:
         self._by_disk.setdefault(self._disk_of(slot), array("i")).append(slot)
+
+    def add_all(self, disk: int, slots: Iterable[int]) -> None:
+        """Slots that lie on a disk."""
+        self._by_disk.setdefault(disk, array("i")).extend(slots)
 
     def take(self, disks: Sequence[int]) -> list[int]:
         """A slot on each of these disks, or on the next that has one; fewer when there are no more.

@@ -139,9 +139,8 @@ class Index:
             self._hang(slot, key, parent, parent_key)
             self._policy.insert(slot, self._forest.parent(slot), tick)
             slot_before, key_before = slot, key
-        for slot in slots:
-            if self._evictable(slot):
-                self._policy.offer(slot)
+        for slot in at[(self._pins.array[at] == 0) & self._forest.leaves(at)].tolist():
+            self._policy.offer(slot)
 
     def _hang(self, slot: int, key: bytes, parent: int | None, parent_key: bytes) -> None:
         """Gives a new block its place, and what has waited for it. Its parent may be of its group, and have no place yet."""
@@ -229,6 +228,8 @@ class Index:
         while len(gone) < count and (slot := self._policy.victim()) is not None:
             self._withdraw(slot)
             gone.append(slot)
+        if not gone:
+            return gone
         slots = np.array(gone, np.int32)
         self._table.remove_many(slots)
         self._held.array[slots] = False

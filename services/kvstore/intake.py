@@ -81,7 +81,7 @@ class Intake:
                 admission = Admission.PRESENT
             elif offer.key in shelf.in_flight or offer.key in chosen:
                 admission = Admission.IN_FLIGHT
-            elif not self._welcome(shelf, offer, chosen):
+            elif self._doorkeeper is not None and not self._welcome(self._doorkeeper, shelf, offer, chosen):
                 self._metrics.first_touches += 1
                 admission = Admission.DROPPED
             elif offer.parent in dropped or len(chosen) >= room:
@@ -95,11 +95,10 @@ class Intake:
             admissions.append(admission)
         return admissions
 
-    def _welcome(self, shelf: Shelf, offer: BlockMeta, chosen: Container[bytes]) -> bool:
-        """Whether admission lets the block in: all, or those that knocked before, or go on where something was found."""
-        if self._doorkeeper is None:
-            return True
-        if self._doorkeeper.knocked_before(offer.key) or offer.parent in chosen or offer.parent in shelf.in_flight:
+    @staticmethod
+    def _welcome(doorkeeper: Doorkeeper, shelf: Shelf, offer: BlockMeta, chosen: Container[bytes]) -> bool:
+        """Whether second-touch admission lets the block in: it knocked before, or goes on where something was found."""
+        if doorkeeper.knocked_before(offer.key) or offer.parent in chosen or offer.parent in shelf.in_flight:
             return True
         parent = shelf.index.find(offer.parent)
         return parent is not None and shelf.index.proven(parent)

@@ -131,7 +131,7 @@ class Segment:
 
     def slots_write(self, slot: int, images: Sequence[memoryview]) -> Transfer:
         """Writes `slot` and those that follow, header page and padded payload each: aligned buffers of `slot_bytes`."""
-        assert all(len(image) == self.geometry.slot_bytes for image in images)
+        assert sum(map(len, images)) == len(images) * self.geometry.slot_bytes
         assert slot + len(images) <= self.geometry.slots_per_segment
         assert not self.checkpointed, f"{self.path} is written to under its checkpoint"
         return Transfer(Op.WRITE, self._fd, images, self.geometry.slot_offset(slot), device=self.disk)

@@ -126,8 +126,7 @@ class Shelf:
     def evict(self, count: int = 1) -> int:
         """Frees the slots of up to `count` blocks, each the one that may best go by then; how many."""
         gone = self.index.evict_many(count)
-        for slot in gone:
-            self._gone(slot)
+        self._gone_all(gone)
         return len(gone)
 
     def evict_of(self, tenant: int) -> int | None:
@@ -249,6 +248,20 @@ class Shelf:
         """The block that was stored in the slot is no longer in the index."""
         self._refund(slot)
         self._vacate(slot, SlotState.STORED)
+
+    def _gone_all(self, slots: Sequence[int]) -> None:
+        """`_gone` of many, all different, that were evicted: where nothing can be written all blocks are pinned."""
+        by_disk: dict[int, list[int]] = {}
+        for slot in slots:
+            segment = self.segments[slot // self.geometry.slots_per_segment]
+            assert segment.writable, f"{segment} lost slot {slot} to eviction, which gains nothing there"
+            by_disk.setdefault(segment.disk, []).append(slot)
+        self._move_all(slots, SlotState.STORED, SlotState.FREE)
+        for disk, freed in by_disk.items():
+            self._free.add_all(disk, freed)
+        for number, blocks in enumerate(np.bincount(self.index.terms.tenants(np.array(slots, np.int32))).tolist()):
+            if blocks:
+                self.tenants.charge(number, -blocks * self.geometry.slot_bytes)
 
     def _refund(self, slot: int) -> None:
         self.tenants.charge(self.index.terms.tenant(slot), -self.geometry.slot_bytes)

@@ -70,6 +70,7 @@ class SlotPages:
         """Numbers some of the pages, and puts each at the front of its slot's image."""
         at = np.asarray(places, np.int64)
         self._rows["sequence"][at] = np.asarray(sequences, np.uint64)
-        self._rows["crc32c"][at] = [google_crc32c.value(self._pages[place, :CRC_OFFSET]) for place in places]
+        covered, pages = self._pages[:, :CRC_OFFSET], self._pages.reshape(-1).data
+        self._rows["crc32c"][at] = [google_crc32c.value(covered[place]) for place in places]
         for place, image in zip(places, images, strict=True):
-            image[:PAGE_BYTES] = self._pages[place].data
+            image[:PAGE_BYTES] = pages[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]

@@ -109,6 +109,11 @@ class Space:
         fitting = slots_that_fit(payload_bytes, share // SEGMENTS_PER_BUDGET)
         return Geometry(payload_bytes, max(1, min(SLOTS_MAX, wanted, fitting)))
 
+    def may_grow(self, shelf: Shelf) -> bool:
+        """Whether `prepare` may get a segment: in a full store of one namespace it can't, and needn't be asked."""
+        footprint = footprint_bytes(shelf.geometry)
+        return len(self.shelves) > 1 or bool(self._tasks) or any(disk.has_room(footprint) for disk in self.disks)
+
     async def prepare(self, shelf: Shelf, slots: int) -> None:
         """Gets free slots by new segments, as far as that is right. `take` may evict beyond.
 

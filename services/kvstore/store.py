@@ -202,8 +202,9 @@ class Store:
         shelf = self.space.shelf(namespace, length, self._ticks) if length is not None else None
         if shelf is None:
             return self._none_accepted(offers, length)
-        await self.space.prepare(shelf, self.intake.room(shelf, offers))
-        self._refuse_while_draining()
+        if self.space.may_grow(shelf):
+            await self.space.prepare(shelf, self.intake.room(shelf, offers))
+            self._refuse_while_draining()
         self.reuse.offered([offer.key for offer in offers if len(offer.key) == KEY_BYTES])
         keep_s = terms.keep_s or self.options.block_ttl_s
         lease = WriteLease(shelf, self.tenants.number(digest(terms.tenant)), self.time_s() if keep_s else 0, keep_s)

@@ -29,7 +29,7 @@ NEXT: dict[WriteState, dict[str, WriteState]] = {
 }
 
 
-class WriteItem(msgspec.Struct, eq=False):
+class WriteItem(msgspec.Struct, eq=False, gc=False):
     """One slot to be filled. Whose the block will be, and for how long, its lease says."""
 
     slot: int

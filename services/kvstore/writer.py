@@ -25,7 +25,7 @@ RUN_BYTES_MAX = 1 << 20  # of one transfer: longer ones gain nothing, and fewer 
 Seal = Callable[[Sequence[int], Sequence[int]], None]
 
 
-class SlotWrite(msgspec.Struct, frozen=True):
+class SlotWrite(msgspec.Struct, frozen=True, gc=False):
     """What goes where."""
 
     segment: Segment

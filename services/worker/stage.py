@@ -24,7 +24,7 @@ from common.disk.pages import PAGE_BYTES
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.counters import Counters
 from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus, Span
-from common.transport.memory import copy_with_checksum, crc32c_in_turns
+from common.transport.memory import Checksums, copy_with_checksum, crc32c_in_turns
 from common.transport.region import Region
 from services.worker.lease import Lease, Right
 
@@ -269,7 +269,7 @@ class Stage:
         return write.buffer
 
     async def commit(
-        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
+        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[Checksums]
     ) -> list[PartStatus]:
         statuses = [self._commit(buffer) for buffer in buffers]
         self.counters.write.count(statuses, [part.length for part in parts])

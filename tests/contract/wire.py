@@ -11,7 +11,7 @@ import msgspec
 
 from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Area, Endpoint, LeaseToken, Part, PartStatus
-from common.transport.memory import crc32c
+from common.transport.memory import Checksums, crc32c
 from common.transport.reception import Limits, Reception
 from common.transport.server import BytesServer, serve_bytes
 
@@ -139,7 +139,7 @@ class GatedArea:
         raise RuntimeError("this area has a fault")
 
     async def commit(
-        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
+        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[Checksums]
     ) -> list[PartStatus]:
         raise AssertionError("nothing was given out")
 

@@ -11,7 +11,7 @@ import msgspec
 from common.blocks import Namespace
 from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken, Part, PartStatus
-from common.transport.memory import crc32c
+from common.transport.memory import checksums, crc32c
 from services.kvstore.area import StoreArea
 from services.kvstore.checkpoint import footprint_bytes
 from services.kvstore.disk import OWN_FILES_BYTES
@@ -122,7 +122,9 @@ class Rig:
         ready = [(i, item) for i, item in enumerate(given) if not isinstance(item, PartStatus)]
         for i, buffer in ready:
             buffer[:] = blocks[i]
-        done = await self.area.commit(token, [parts[i] for i, _ in ready], [b for _, b in ready], [crc32c(b) for _, b in ready])
+        done = await self.area.commit(
+            token, [parts[i] for i, _ in ready], [b for _, b in ready], [checksums(b) for _, b in ready]
+        )
         for (i, _), status in zip(ready, done, strict=True):
             statuses[i] = status
         return statuses

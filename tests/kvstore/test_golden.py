@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.blocks import Namespace
 from common.transport.interface import Part, PartStatus
-from common.transport.memory import crc32c
+from common.transport.memory import checksums, crc32c
 from services.kvstore.disk import read_identity, write_identity
 from services.kvstore.files import Files
 from services.kvstore.record import Geometry, StoreIdentity, Unreadable, decode_store
@@ -68,7 +68,7 @@ async def test_the_store_writes_the_golden_file(tmp_path: Path) -> None:
         (place,) = one.area.write_buffers(reserved.token, [PART])
         assert isinstance(place, memoryview)
         place[:] = PAYLOAD
-        await one.area.commit(reserved.token, [PART], [place], [crc32c(PAYLOAD)])
+        await one.area.commit(reserved.token, [PART], [place], [checksums(PAYLOAD)])
         one.store.release(reserved.token)
     assert (tmp_path / "namespaces" / NAMESPACE / "00000000.seg").read_bytes() == GOLDEN
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.transport.interface import Part, PartStatus
-from common.transport.memory import crc32c
+from common.transport.memory import checksums, crc32c
 from services.kvstore.chunks import (
     CHUNK_BYTES_MIN,
     CHUNKS_MAX,
@@ -159,7 +159,7 @@ async def test_a_failing_disk_fails_the_range(tmp_path: Path) -> None:
 def test_a_table_covers_and_checks_every_range(size: int, data: st.DataObject) -> None:
     body = memoryview(payload(b"x", size))
     page = bytearray(PAGE_BYTES)
-    table = encode_table(body)
+    table = encode_table(body, checksums(body))
     page[TABLE_OFFSET : TABLE_OFFSET + len(table)] = table
     chunks = decode_table(memoryview(page), size)
     if size <= (CHUNKS_MIN - 1) * CHUNK:
@@ -183,8 +183,8 @@ def test_the_table_of_the_largest_payload_fits_the_slot_page() -> None:
 
 def test_the_table_is_pinned_byte_by_byte() -> None:
     body = memoryview(bytes(range(256)) * 896)  # 229,376 bytes: three chunks and a half
-    assert encode_table(body).hex(" ", 4) == "00000100 04000000 3daf24a2 3daf24a2 3daf24a2 2a3f8eec"
-    page = bytes(TABLE_OFFSET) + encode_table(body)
+    assert encode_table(body, checksums(body)).hex(" ", 4) == "00000100 04000000 3daf24a2 3daf24a2 3daf24a2 2a3f8eec"
+    page = bytes(TABLE_OFFSET) + encode_table(body, checksums(body))
     assert decode_table(memoryview(page.ljust(PAGE_BYTES, b"\0")), 229_376) == Chunks(
         229_376, 65_536, tuple(crc32c(body[at : at + 65_536]) for at in range(0, 229_376, 65_536))
     )

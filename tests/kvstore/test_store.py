@@ -9,7 +9,7 @@ import pytest
 from common.errors import LeaseRejected, Overloaded, Unavailable
 from common.storage import Admission, BlockMeta
 from common.transport.interface import LeaseToken, Part, PartStatus
-from common.transport.memory import crc32c
+from common.transport.memory import checksums, crc32c
 from services.kvstore.files import Files
 from services.kvstore.store import Store
 from tests.kvstore.support import (
@@ -143,7 +143,7 @@ async def test_a_lease_that_ends_while_its_bytes_arrive_takes_its_slot_back_only
         one.store.sweep()
         assert one.store.check_integrity() == []
         assert one.store.intake.reserved_bytes > 0
-        assert await one.area.commit(reserved.token, parts[:1], [first], [0]) == [PartStatus.REJECTED]
+        assert await one.area.commit(reserved.token, parts[:1], [first], [checksums(first)]) == [PartStatus.REJECTED]
         one.area.abort(reserved.token, parts[1:], [second])
         assert one.store.intake.reserved_bytes == 0
         assert one.stored() == set()

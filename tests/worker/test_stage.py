@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
-from common.transport.memory import crc32c
+from common.transport.memory import checksums, crc32c
 from services.worker.coverage import Coverage
 from services.worker.lease import Lease, Right
 from services.worker.stage import Stage
@@ -51,7 +51,7 @@ async def write(stage: Stage, lease: Lease, part: Part, data: bytes) -> PartStat
     if isinstance(buffer, PartStatus):
         return buffer
     buffer[:] = data
-    return (await stage.commit(lease.token, [part], [buffer], [crc32c(data)]))[0]
+    return (await stage.commit(lease.token, [part], [buffer], [checksums(data)]))[0]
 
 
 def test_slots_are_reserved_whole_or_refused_at_once(stage: Stage) -> None:
@@ -162,7 +162,7 @@ async def test_the_end_of_a_lease_wakes_who_waits_and_takes_buffers_back(stage: 
         with pytest.raises(ValueError, match="released memoryview"):
             out[:4] = b"late"
         assert bytes(stage.view(slots[0], 0, 4)) == b"good"
-        assert await stage.commit(lease.token, [part], [out], [0]) == [REJECTED]
+        assert await stage.commit(lease.token, [part], [out], [checksums(b"")]) == [REJECTED]
         stage.abort(lease.token, [part], [out])
         assert not stage.counters.write.in_flight
 
@@ -177,7 +177,7 @@ async def test_revoke_waits_for_a_thread_that_is_writing_to_the_slot(stage: Stag
     await asyncio.sleep(0)
     assert not revoking.done()
     del pin
-    assert await stage.commit(lease.token, [part], [out], [0]) == [REJECTED]
+    assert await stage.commit(lease.token, [part], [out], [checksums(b"")]) == [REJECTED]
     await revoking
     await stage.revoke(lease.token)
     assert not lease.is_filled(0)

@@ -1,6 +1,7 @@
 """The small parts of the byte plane: checksums, counters, gRPC's chunks, streams."""
 
 import asyncio
+import random
 import socket
 
 import pytest
@@ -12,7 +13,16 @@ from common.pb import bytes_pb2
 from common.transport.counters import Flow
 from common.transport.grpc_carrier import pack_chunk, unpack_chunk
 from common.transport.interface import PartStatus
-from common.transport.memory import checksum_of_copy, copy_with_checksum, crc32c, crc32c_in_turns
+from common.transport.memory import (
+    SUM_BYTES,
+    Checksums,
+    checksums,
+    checksums_in_turns,
+    checksums_of_copy,
+    copy_with_checksum,
+    crc32c,
+    crc32c_in_turns,
+)
 from common.transport.streams import SocketStream
 from tests.contract.wire import until
 
@@ -27,16 +37,23 @@ def test_crc32c_is_the_published_one() -> None:
 async def test_a_copy_returns_the_checksum_of_its_bytes(size: int) -> None:
     source = memoryview(bytearray(range(256)) * (size // 256 + 1))[:size]
     assert await crc32c_in_turns(source) == crc32c(source)
-    for copying in (checksum_of_copy, copy_with_checksum):
-        into = memoryview(bytearray(size))
-        assert await copying(into, source) == crc32c(source)
-        assert into == source
+    into = memoryview(bytearray(size))
+    assert await copy_with_checksum(into, source) == crc32c(source) and into == source
+    into = memoryview(bytearray(size))
+    assert await checksums_of_copy(into, source) == await checksums_in_turns(source) == checksums(source) and into == source
+
+
+@pytest.mark.parametrize("size", [0, 1, SUM_BYTES - 1, SUM_BYTES, SUM_BYTES + 1, 5 * SUM_BYTES, 37 * SUM_BYTES + 4096])
+def test_the_pieces_checksums_give_the_whole_s(size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    pieces = [crc32c(data[at : at + SUM_BYTES]) for at in range(0, size, SUM_BYTES)]
+    assert checksums(data) == Checksums(crc32c(data), pieces)
 
 
 async def test_a_copy_gives_others_their_turn_and_ends_when_its_buffer_is_taken_back() -> None:
     memory = bytearray(8 << 20)
     source, into = memoryview(bytearray(b"\x01" * (8 << 20))), memoryview(memory)
-    copying = asyncio.create_task(checksum_of_copy(into, source))
+    copying = asyncio.create_task(checksums_of_copy(into, source))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     into.release()

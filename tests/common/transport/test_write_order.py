@@ -9,7 +9,7 @@ import pytest
 from common.transport import connection, pending, requests
 from common.transport.client import connect
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
-from common.transport.memory import checksum_of_copy, crc32c_in_turns
+from common.transport.memory import Checksums, checksums_of_copy, crc32c_in_turns
 from common.transport.region import Region
 from common.transport.server import serve_bytes
 from tests.contract.wire import GatedArea
@@ -29,7 +29,7 @@ class Taking(GatedArea):
         return [memoryview(bytearray(part.length)) for part in parts]
 
     async def commit(
-        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[int]
+        self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[Checksums]
     ) -> list[PartStatus]:
         self.committed += [(part.item, bytes(buffer)) for part, buffer in zip(parts, buffers, strict=True)]
         return [PartStatus.OK] * len(parts)
@@ -59,12 +59,12 @@ async def test_one_request_at_a_time_is_checked_here_and_copied_there(tmp_path: 
         async with checking:
             return await crc32c_in_turns(view)
 
-    async def copied(into: memoryview, source: memoryview) -> int:
+    async def copied(into: memoryview, source: memoryview) -> Checksums:
         async with copying:
-            return await checksum_of_copy(into, source)
+            return await checksums_of_copy(into, source)
 
     monkeypatch.setattr(connection, "crc32c_in_turns", checked)
-    monkeypatch.setattr(requests, "checksum_of_copy", copied)
+    monkeypatch.setattr(requests, "checksums_of_copy", copied)
     monkeypatch.setattr(pending, "BATCH_BYTES", 8)  # every part is a request of its own
     area, region = Taking(), Region(4096)
     server = await serve_bytes(area, shm_path=tmp_path / "s")
