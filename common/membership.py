@@ -26,6 +26,7 @@ from nats.js.kv import KV_DEL, KV_PURGE, KeyValue
 
 from common.aio import check_cancelled, first_of
 from common.logs import Log
+from common.runs import QueuedRun
 
 BUCKET = "penstock-members"
 TTL_S = 5.0
@@ -58,6 +59,7 @@ class MemberLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     peer_write_queue_bytes: int = 0
     queued_tokens: int = 0
     prefill_step_s: float = 0.0
+    queued_runs: tuple[QueuedRun, ...] = ()  # from when it is told on
 
 
 class MemberRecord(msgspec.Struct, frozen=True, omit_defaults=True):

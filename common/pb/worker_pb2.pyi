@@ -80,7 +80,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, role: _Optional[str] = ..., id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., block_tokens: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., bytes_endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., codec: _Optional[str] = ..., stored_bytes_per_block: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes", "peer_read_bytes_per_s", "peer_read_queue_bytes", "peer_write_bytes_per_s", "peer_write_queue_bytes", "queued_tokens", "prefill_step_s")
+    __slots__ = ("running", "waiting", "tokens", "pool_blocks_free", "pool_blocks_total", "stage_slots_free", "stage_slots_total", "prefill_tokens_per_s", "read_bytes_per_s", "read_queue_bytes", "peer_read_bytes_per_s", "peer_read_queue_bytes", "peer_write_bytes_per_s", "peer_write_queue_bytes", "queued_tokens", "prefill_step_s", "queued_runs")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class Load(_message.Message):
     PEER_WRITE_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_RUNS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tokens: int
@@ -113,7 +114,16 @@ class Load(_message.Message):
     peer_write_queue_bytes: int
     queued_tokens: int
     prefill_step_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., pool_blocks_free: _Optional[int] = ..., pool_blocks_total: _Optional[int] = ..., stage_slots_free: _Optional[int] = ..., stage_slots_total: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., read_queue_bytes: _Optional[int] = ..., peer_read_bytes_per_s: _Optional[float] = ..., peer_read_queue_bytes: _Optional[int] = ..., peer_write_bytes_per_s: _Optional[float] = ..., peer_write_queue_bytes: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_step_s: _Optional[float] = ...) -> None: ...
+    queued_runs: _containers.RepeatedCompositeFieldContainer[QueuedRun]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens: _Optional[int] = ..., pool_blocks_free: _Optional[int] = ..., pool_blocks_total: _Optional[int] = ..., stage_slots_free: _Optional[int] = ..., stage_slots_total: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., read_queue_bytes: _Optional[int] = ..., peer_read_bytes_per_s: _Optional[float] = ..., peer_read_queue_bytes: _Optional[int] = ..., peer_write_bytes_per_s: _Optional[float] = ..., peer_write_queue_bytes: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_step_s: _Optional[float] = ..., queued_runs: _Optional[_Iterable[_Union[QueuedRun, _Mapping]]] = ...) -> None: ...
+
+class QueuedRun(_message.Message):
+    __slots__ = ("tokens", "due_s")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DUE_S_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    due_s: float
+    def __init__(self, tokens: _Optional[int] = ..., due_s: _Optional[float] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("shm", "tcp", "grpc")

@@ -7,8 +7,7 @@ Synchronous, owned by one thread (services/worker/engine/loop.py). A step is
                   the layer of what was computed is there
     postprocess   a run whose last token was computed samples its first output token and ends
 
-A run is due `STRETCH` times as long after it came as computing it takes. So a turn's short tail does not wait for a long prompt
-that is computed from its start, and that prompt waits for no run that comes later than so.
+When a run is due, common/runs.py says.
 
 Chunks end on block borders, except the last, so that a layer of a block is sent once. A run whose prefix fails or is late
 within a step loses its part of that step, and nobody else does: its rows are computed and forgotten, and it is planned
@@ -25,6 +24,7 @@ import torch
 
 from common.errors import Internal, InvalidRequest, Overloaded, PenstockError
 from common.generation import FinishReason
+from common.runs import QueuedRun, due_s
 from services.prefill.layerwise import Layerwise
 from services.prefill.quota import Quota, attention_tokens, cost, fitting
 from services.worker.engine import admission
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 LATE_S = 0.25  # how long a batch waits for one run's layer
 LATE_ALONE_S = 5.0  # the same with nobody else in the batch
-STRETCH = 2.0  # how long after it came a run is due, over the time that computing it takes
 
 
 class NewRun(NewSequence, frozen=True, kw_only=True):
@@ -64,10 +63,6 @@ class Run:
         self.ledger = new.ledger
         self.layers_wanted = 1
         self.came_s = time.monotonic()
-
-    def due_s(self, blocks_per_s: float) -> float:
-        """Until when it should be computed. Where no speed is known yet, all are due when they come."""
-        return self.came_s + (STRETCH * self.ledger.to_compute / blocks_per_s if blocks_per_s else 0.0)
 
 
 @dataclass(slots=True)
@@ -221,8 +216,7 @@ class PrefillEngine:
     def _plan(self) -> list[Piece]:
         budget, tokens_left = self._quota.equivalents, self.step_tokens_max
         pieces: list[Piece] = []
-        blocks_per_s = self._quota.tokens_per_s / self.block_tokens
-        for run in sorted(self._live.values(), key=lambda run: run.due_s(blocks_per_s)):
+        for run in sorted(self._live.values(), key=lambda run: self._queued(run).due_s):
             if len(pieces) == self._sequences_max or tokens_left < self.block_tokens:
                 break
             open_run = run.ledger.next_run(run.layers_wanted, self._reach)
@@ -240,6 +234,11 @@ class PrefillEngine:
 
     def _reach(self, first: int, loader: Loader) -> int:
         return self._quota.reach(first * self.block_tokens, self.block_tokens, loader)
+
+    def _queued(self, run: Run) -> QueuedRun:
+        """What is left of a run, and until when that should be computed."""
+        tokens = run.ledger.to_compute * self.block_tokens
+        return QueuedRun(tokens, due_s(run.came_s, tokens, self._quota.tokens_per_s))
 
     def _piece(self, run: Run, blocks: range, budget: float, tokens_left: int, *, alone: bool) -> Piece | None:
         """Claims the longest part of the open blocks that fits; at least one block when `alone`. None: nothing fits."""
@@ -305,17 +304,19 @@ class PrefillEngine:
     @property
     def load(self) -> EngineLoad:
         running = min(self._running, len(self._live))  # of those that ran in the last step some have ended
+        queued = tuple(map(self._queued, self._live.values()))
         return EngineLoad(
             running=running,
             waiting=len(self._live) - running,
             tokens=sum(len(run.sequence.tokens) for run in self._live.values()),
-            queued_tokens=sum(run.ledger.to_compute for run in self._live.values()) * self.block_tokens,
+            queued_tokens=int(sum(run.tokens for run in queued)),
             pool_blocks_free=0,
             pool_blocks_total=0,
             pool_blocks_named=0,
             preemptions=0,
             prefill_tokens_per_s=self._quota.tokens_per_s,
             prefill_step_s=self._quota.speed.step_s,
+            queued_runs=queued,
         )
 
     def check_integrity(self) -> None:

@@ -7,8 +7,10 @@ again. Invariant: an account counts a stay as live from `sent` to `ended`.
 from collections.abc import Mapping
 
 from common.membership import MemberLoad
+from common.runs import QueuedRun
 from services.router.backlog import Backlog, Pour
 from services.router.policy.estimates import Demand
+from services.router.run_queue import RunQueue
 
 LINK_FIELDS = {"storage": "read", "peer_read": "peer_read", "peer_write": "peer_write"}  # of a MemberLoad: *_bytes_per_s, ...
 
@@ -22,6 +24,7 @@ class Account:
         self.compute = Backlog()
         self.links = {name: Backlog() for name in LINK_FIELDS}
         self._load = MemberLoad()
+        self._queue = RunQueue()  # of what `compute` counts
         self._reported_at = 0.0
         self._sequences_sent = 0  # since the report, and not ended
         self._tokens_sent = 0
@@ -39,6 +42,9 @@ class Account:
         self._load, self._reported_at = load, now
         self._sequences_sent = self._tokens_sent = 0
         self.compute.report(load.queued_tokens, load.prefill_tokens_per_s, now)
+        self._queue.report(load.queued_runs, now)
+        for pour in self.compute.recent:
+            self._queue.add(pour.amount, self.compute.per_s, pour.at)
         for name, field in LINK_FIELDS.items():
             rate = getattr(load, f"{field}_bytes_per_s")
             self.links[name].report(getattr(load, f"{field}_queue_bytes"), rate, now)
@@ -54,8 +60,15 @@ class Account:
             "peer_read": demand.peer_read_bytes,
             "peer_write": demand.peer_write_bytes,
         }
+        self._queue.drain(self.compute.left(now), self.compute.per_s)
+        self._queue.add(demand.computed_tokens, self.compute.per_s, now)
         pours = [self.links[name].pour(amount, now) for name, amount in amounts.items()]
         return Stay(self, demand.tokens, now, [self.compute.pour(demand.computed_tokens, now), *pours])
+
+    def runs(self, now: float) -> tuple[QueuedRun, ...]:
+        """What a prefill worker has to compute, by when it is due from now on."""
+        self._queue.drain(self.compute.left(now), self.compute.per_s)
+        return self._queue.told(now)
 
     def measured(self, flows: Mapping[str, tuple[int, float]]) -> None:
         """What a request's bytes took, per link: a first idea of rates that the worker has not reported yet."""

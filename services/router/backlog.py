@@ -67,6 +67,11 @@ class Backlog:
         if not self.per_s and amount and seconds > 0:
             self.per_s = amount / seconds
 
+    @property
+    def recent(self) -> list[Pour]:
+        """What was poured in since the last report, or so shortly before that it can't tell of it, and isn't done."""
+        return [pour for pour in self._pours if pour.amount]
+
     def take_out(self, pour: Pour) -> None:
         """A pour is done."""
         self.moved += pour.amount

@@ -14,6 +14,7 @@ from common.clients.decode import DecodeConnection
 from common.clients.kvstore import KvStoreClient, StoreInfo
 from common.membership import MemberLoad, Seen
 from common.pb import worker_pb2
+from common.runs import QueuedRun
 from services.router.account import Account
 from services.router.backlog import Backlog
 from services.router.policy.view import DecodeView, Link, PrefillView
@@ -109,7 +110,7 @@ class Peer:
 
     def prefill_view(self, now: float, routed_at: float) -> PrefillView:
         assert self.info is not None
-        return PrefillView(**self._facts(self.info, now, routed_at))
+        return PrefillView(queued_runs=self.account.runs(now), **self._facts(self.info, now, routed_at))
 
     def _facts(self, info: PeerInfo, now: float, routed_at: float) -> dict[str, Any]:
         """What the views of both roles share. `routed_at`: when the router last routed bytes over any link."""
@@ -150,6 +151,7 @@ class Peer:
 
 def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
     load = message.load
+    runs = tuple(QueuedRun(run.tokens, run.due_s) for run in load.queued_runs)
     return PeerInfo(
         role=message.role,
         id=message.id,
@@ -162,7 +164,7 @@ def worker_info(message: worker_pb2.WorkerInfo) -> PeerInfo:
         context_tokens=message.context_tokens,
         vocab_size=message.vocab_size,
         draining=message.draining,
-        load=MemberLoad(**{name: getattr(load, name) for name in MemberLoad.__struct_fields__}),
+        load=MemberLoad(**{name: getattr(load, name) for name in MemberLoad.__struct_fields__} | {"queued_runs": runs}),
     )
 
 

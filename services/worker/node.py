@@ -10,6 +10,7 @@ Life of a node (`serve_worker`):
 
 import asyncio
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.logs import Log
 from common.machine import memory_bytes
 from common.membership import Announcer, MemberLoad, MemberRecord
 from common.pb import worker_pb2 as pb
+from common.runs import by_class
 from common.settings import shown
 from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Endpoint
@@ -144,6 +146,7 @@ class Node(Generic[E]):
             read_bytes_per_s=self.reader.link.bytes_per_s,
             read_queue_bytes=self.reader.link.queued_bytes,
             queued_tokens=load.queued_tokens,
+            queued_runs=by_class(load.queued_runs, time.monotonic()),
             **rates,
         )
 
@@ -175,7 +178,7 @@ class Node(Generic[E]):
             context_tokens=self.context_tokens,
             vocab_size=self.model.vocab_size,
             draining=self.draining,
-            load=pb.Load(**msgspec.structs.asdict(self.load())),
+            load=pb.Load(**msgspec.to_builtins(self.load())),
             bytes_endpoint=endpoint_to_pb(self.endpoint),
             codec=self.model.stored.codec,
             stored_bytes_per_block=self.model.stored.bytes_per_block,

@@ -196,6 +196,9 @@ def test_a_short_run_goes_before_a_long_one_that_came_first_but_not_before_one_t
     rig.engine._quota.speed.measured(BLOCK, 100.0)  # so slow that nothing is due while this test runs
     long = rig.new("long", make_prompt(200))
     rig.new("short", make_prompt(20))
+    load = rig.engine.load
+    assert [run.tokens for run in load.queued_runs] == [208, 32] and load.queued_tokens == 240, "whole blocks"
+    assert load.queued_runs[0].due_s > load.queued_runs[1].due_s
     rig.step()
     assert [step.computed for step in rig.steps["short"]] == [20] and rig.steps["long"][0].computed == 32
     rig.engine._live["long"].came_s -= 1e6

@@ -5,6 +5,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from common.routes import Plan, Source
+from common.runs import QueuedRun
 from services.router.placement import Route
 from services.router.policy.estimates import Estimate
 from services.router.policy.view import ClusterView, DecodeView, Link, PrefillView, Query, WorkerView
@@ -88,7 +89,8 @@ decodes = st.builds(
     full_until=st.sampled_from([0.0, 0.0, 4.0, 9.0]),
     **_facts,
 )
-prefills = st.builds(PrefillView, id=st.just("p"), **_facts)
+_runs = st.lists(st.builds(QueuedRun, st.integers(1, 20_000), st.floats(-10, 100)), max_size=4).map(tuple)
+prefills = st.builds(PrefillView, id=st.just("p"), **_facts, queued_runs=_runs)
 clusters = st.builds(
     ClusterView,
     namespace=st.just(NS),

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.routes import Leg, Order, Plan, Source
+from common.runs import QueuedRun
 from services.router.placement import Route, cluster_namespace, route
 from services.router.policy.candidates import SMALL_S, direct_tail_tokens
 from services.router.policy.plans import PLANS, SHAPES
@@ -93,6 +94,31 @@ ROUTES: dict[str, tuple[Query, ClusterView, PolicySettings]] = {
     "stored at a quarter of the size: worth loading": (
         LONG,
         view(*PAIR.decodes, *PAIR.prefills, stored_bytes=BLOCK_BYTES // 4),
+        OURS,
+    ),
+    "a long prompt is queued at prefill, due later than a short tail: that overtakes it": (
+        SHORT_TAIL,
+        view(
+            decode("d0", queued_tokens=200, **M(storage=20e9)),
+            prefill("p0", queued_tokens=4000, queued_runs=(QueuedRun(4000, 8.0),), **M(storage=20e9)),
+        ),
+        OURS,
+    ),
+    "a long prompt is queued at prefill, and is late: a short tail waits for it": (
+        SHORT_TAIL,
+        view(
+            decode("d0", queued_tokens=200, **M(storage=20e9)),
+            prefill("p0", queued_tokens=4000, queued_runs=(QueuedRun(4000, -1.0),), **M(storage=20e9)),
+        ),
+        OURS,
+    ),
+    "who is busy with a long prompt is free for a tail, who is busy with tails is not": (
+        SHORT_TAIL,
+        view(
+            decode("d0", queued_tokens=200, **M(storage=20e9)),
+            prefill("p0", queued_tokens=4000, queued_runs=(QueuedRun(4000, 8.0),), **M(storage=20e9)),
+            prefill("p1", queued_tokens=800, queued_runs=(QueuedRun(800, 0.1),), **M(storage=20e9)),
+        ),
         OURS,
     ),
     "no prefill worker: decode loads, computes and meets": (LONG, view(decode("d0", **M())), OURS),

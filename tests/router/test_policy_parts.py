@@ -1,18 +1,24 @@
 """The policy's parts: dividing blocks, rates to reckon with, what was learnt, what is still to be done."""
 
 import math
+import random
+from collections.abc import Sequence
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.membership import MemberLoad
+from common.membership import RECORD_BYTES_MAX, MemberLoad, MemberRecord
+from common.pb import worker_pb2 as pb
 from common.routes import Plan, Source
+from common.runs import QueuedRun, by_class, due_s
 from services.router.account import Account
 from services.router.backlog import REPORT_LAG_S, Backlog
+from services.router.peers import worker_info
 from services.router.placement import Route, route
 from services.router.policy.corrections import CORRECTION_MAX, FORGET_S, Corrections
 from services.router.policy.estimates import Demand, claim
-from services.router.policy.rates import PRIOR_STORAGE_BYTES_PER_S, STALE_S, rates_of
+from services.router.policy.rates import PRIOR_STORAGE_BYTES_PER_S, STALE_S, UNDER_WAY_S, rates_of
 from services.router.policy.shares import Filler, level_s, share
 from services.router.policy.view import ClusterView, Link, Query
 from tests.router.blockwise import first_token_s
@@ -102,6 +108,80 @@ def test_a_wrong_bet_on_a_stale_link_costs_no_more_than_recomputing_and_a_claim_
     took = first_token_s(taken, LONG.prompt_tokens, BLOCK_TOKENS, links_s, 1e-3)
     under_way = max((claim(leg.blocks) for leg in taken.legs), default=0)
     assert took <= (LONG.prompt_tokens * 1e-3 + under_way * block_s) * 1.05
+
+
+queues = st.lists(st.builds(QueuedRun, st.integers(16, 5000), st.floats(-3, 20)), max_size=8).map(tuple)
+
+
+def wait_s(runs: Sequence[QueuedRun], tokens: int, unknown: int = 0) -> float:
+    """At a prefill worker of 1,000 tokens a second."""
+    worker = prefill("p0", queued_tokens=unknown + sum(run.tokens for run in runs), queued_runs=tuple(runs), **measured())
+    return rates_of(view(worker)).compute(worker, tokens).wait_s
+
+
+@given(queues, st.integers(1, 20_000), st.integers(0, 1000), st.randoms())
+def test_a_run_waits_for_what_is_due_before_it_and_no_more_than_a_step_beside(
+    runs: tuple[QueuedRun, ...], tokens: int, unknown: int, chance: random.Random
+) -> None:
+    due = sum(run.tokens for run in runs if run.due_s <= due_s(0.0, tokens, 1000.0)) / 1000
+    all_s = sum(run.tokens for run in runs) / 1000
+    waits = wait_s(runs, tokens)
+    assert due - 1e-9 <= waits <= min(all_s, due + UNDER_WAY_S) + 1e-9
+    assert waits <= wait_s(runs, tokens + 16) + 1e-9, "the longer wait no shorter"
+    assert math.isclose(wait_s(runs, tokens, unknown), waits + unknown / 1000), "what nothing is known of goes first"
+    assert wait_s(chance.sample(runs, len(runs)), tokens) == waits
+
+
+@given(queues, st.integers(16, 5000))
+def test_the_wait_is_what_prefills_rule_makes_of_the_queue(runs: tuple[QueuedRun, ...], tokens: int) -> None:
+    """Blocks of 16 tokens one by one, always of the run that is soonest due, as services/prefill/engine.py plans them."""
+    left = {number: float(run.tokens) for number, run in enumerate(runs)}
+    due = {number: run.due_s for number, run in enumerate(runs)}
+    new, now = len(runs), 0.0
+    left[new], due[new] = tokens, due_s(0.0, tokens, 1000.0)
+    while left[new] == tokens:
+        soonest = min((number for number in left if left[number] > 0), key=lambda number: (due[number], number))
+        step = min(16.0, left[soonest])
+        if soonest == new:
+            break
+        left[soonest] -= step
+        due[soonest] = due_s(due[soonest], -step, 1000.0)
+        now += step / 1000
+    waits = wait_s(runs, tokens)
+    assert now - 1e-6 <= waits <= now + UNDER_WAY_S + 1e-6
+
+
+def test_an_account_knows_what_is_due_from_its_report_and_from_what_was_sent_since() -> None:
+    def reported(*runs: tuple[float, float]) -> MemberLoad:
+        queued = int(sum(tokens for tokens, _ in runs))
+        return MemberLoad(queued_tokens=queued, prefill_tokens_per_s=1000.0, queued_runs=tuple(QueuedRun(*run) for run in runs))
+
+    def told(now: float) -> list[tuple[float, float]]:
+        return [(round(run.tokens, 6), round(run.due_s, 6)) for run in account.runs(now)]
+
+    account = Account()
+    account.report(reported((5000, 9.0)), 10.0)
+    assert told(10.0) == [(5000, 9.0)]
+    stay = account.send(Demand(500, computed_tokens=500), 11.0)
+    assert told(11.0) == [(500, 1.0), (4000, 6.0)], "a second's work is done of the long one, which is due two seconds sooner"
+    assert told(11.2) == [(300, 0.4), (4000, 5.8)]
+    assert told(12.5) == [(3000, 2.5)]
+    stay.loaded()
+    assert told(100.0) == []
+    account.report(reported((100, -2.0)), 101.0)
+    assert told(101.0) == [(100, -2.0)]
+    account.send(Demand(16, computed_tokens=16), 102.0)
+    account.report(reported(), 102.0 + REPORT_LAG_S / 2)
+    assert told(102.0 + REPORT_LAG_S / 2) == [(16, round(0.032 - REPORT_LAG_S / 2, 6))], "too lately sent to be told of"
+
+
+def test_a_load_says_the_same_over_both_planes() -> None:
+    runs = by_class([QueuedRun(100_000 + i, 2.0**i / 3) for i in range(-40, 40)], 0.0)
+    load = MemberLoad(running=1, queued_tokens=7, prefill_tokens_per_s=0.1, queued_runs=runs)
+    assert worker_info(pb.WorkerInfo(load=pb.Load(**msgspec.to_builtins(load)))).load == load
+    record = MemberRecord("prefill", "p" * 200, "e" * 32, "host:1", "n" * 64, "m" * 200, load=load)
+    told = msgspec.json.encode(record)
+    assert len(told) < RECORD_BYTES_MAX and msgspec.json.decode(told, type=MemberRecord) == record
 
 
 def test_corrections_follow_what_happened_within_their_bounds() -> None:

@@ -5,7 +5,8 @@ A prompt of T tokens has n leading blocks stored, of which decode still holds th
 - *Links.* Bytes over a link wait for those queued there, then move at its measured rate. Blocks that decode
   pulls for prefill go on to it while others are pulled; blocks that prefill pulls go on to decode likewise: two
   links in a row move at the pace of the slower. What decode holds takes its way to prefill, and no storage link.
-- *Compute.* One worker computes tokens one after another at its measured speed, after those queued there.
+- *Compute.* One worker computes tokens one after another at its measured speed, after those queued there that go first: at
+  prefill, what is due before a run of its size (common/runs.py).
 - *Filling.* The blocks [r, n) are shared out so that all sources of the plan are done at once (`shares.py`). With
   MEET, compute is one of the sources: the rates add up, but for the claim that a load has begun when they meet.
 - *First token.* What is not stored is computed when both the stored blocks are there and the worker is free; the step
@@ -125,7 +126,7 @@ class Pair:
         self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
         self._prefill = prefill.address if prefill else ""
-        self._paths = functools.cache(lambda meets: Paths.of(rates, view, decode, prefill, bold=meets))
+        self._made = functools.cache(lambda tokens, meets: Paths.of(rates, view, decode, prefill, tokens, bold=meets))
 
     def estimate(self, plan: Plan) -> Estimate | None:
         """None when the plan comes to another one here: it would load nothing, or compute nothing beside its loads."""
@@ -145,8 +146,13 @@ class Pair:
         idle = shape.meets and not division.computed
         return None if idle and not estimate.guess and self._settings.scheduler is Scheduler.EARLIEST_FINISH else estimate
 
+    def _paths(self, shape: Shape) -> Paths:
+        """As they are for a run of the plan's size: of what isn't loaded, or, with MEET, all that compute may come to."""
+        there = self._resident if shape.meets else self._stored if shape.loads else 0
+        return self._made(self._tokens - there * self._view.block_tokens, shape.meets)
+
     def _fillers(self, shape: Shape) -> list[Filler]:
-        paths = self._paths(shape.meets)
+        paths = self._paths(shape)
         fillers = [Filler(pipe.wait_s, pipe.per_s) for pipe in map(paths.load, shape.loads)]
         if shape.meets:
             begins_s = max(paths.compute.wait_s, self._held_s(paths))
@@ -161,7 +167,7 @@ class Pair:
 
     def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
         """The model of the module's text, for one division of the stored blocks."""
-        paths, block_tokens = self._paths(shape.meets), self._view.block_tokens
+        paths, block_tokens = self._paths(shape), self._view.block_tokens
         loads, legs = division.loaded, _legs(shape, division)
         filled = [f.filled_s(n) for f, n in zip(self._fillers(shape), (*loads, division.computed), strict=False)]
         traffic = _traffic(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)

@@ -35,12 +35,15 @@ class Paths(msgspec.Struct, frozen=True):
     peer_write: Pipe | None = None
 
     @classmethod
-    def of(cls, rates: Rates, view: ClusterView, decode: DecodeView, prefill: PrefillView | None, bold: bool) -> "Paths":
+    def of(
+        cls, rates: Rates, view: ClusterView, decode: DecodeView, prefill: PrefillView | None, tokens: int, bold: bool
+    ) -> "Paths":
+        """`tokens`: of the run that is to be computed."""
         stored, raw = max(1, view.stored_bytes_per_block), max(1, view.bytes_per_block)
         if prefill is None:
-            return cls(rates.compute(decode), rates.storage(decode, bold).in_units_of(stored))
+            return cls(rates.compute(decode, tokens), rates.storage(decode, bold).in_units_of(stored))
         return cls(
-            rates.compute(prefill),
+            rates.compute(prefill, tokens),
             rates.storage(decode, bold).in_units_of(stored),
             rates.storage(prefill, bold).in_units_of(stored),
             rates.peer_read(decode, prefill, bold).in_units_of(raw),

@@ -17,13 +17,15 @@ from statistics import median
 
 import msgspec
 
-from services.router.policy.view import ClusterView, Link, WorkerView
+from common.runs import due_s
+from services.router.policy.view import ClusterView, Link, PrefillView, WorkerView
 
 PRIOR_STORAGE_BYTES_PER_S = 1e9  # one NVMe read through a good reader gives 1 to 6 (docs/benchmarks.md)
 PRIOR_PEER_BYTES_PER_S = 2e9  # a plain socket on one host
 PRIOR_TOKENS_PER_S = 2000.0  # a small model on a few cores; GPUs are measured soon enough
 EVIDENCE_BYTES = 8e6  # a few blocks: the first ones pay for connections and cold caches
 STALE_S = 60.0
+UNDER_WAY_S = 0.15  # what is left of the step that prefill computes when a run comes: half of its quota (prefill/quota.py)
 _DOUBLINGS_MAX = 64.0  # more is beyond every prior
 
 
@@ -73,10 +75,15 @@ class Rates(msgspec.Struct, frozen=True):
     def peer_write(self, decode: WorkerView, prefill: WorkerView, bold: bool) -> Pipe:
         return _between(decode.peer_write, prefill.peer_write, self.peer_bytes_per_s, bold)
 
-    def compute(self, worker: WorkerView) -> Pipe:
+    def compute(self, worker: WorkerView, tokens: int) -> Pipe:
+        """For a run of so many tokens: what is due before it is computed before it, and what is due after it lets it past."""
         measured = worker.prefill_tokens_per_s
         rate = measured or self.tokens_per_s
-        return Pipe(worker.queued_tokens / rate, rate, not measured, not measured and worker.queued_tokens > 0)
+        runs = worker.queued_runs if isinstance(worker, PrefillView) else ()
+        later = math.fsum(run.tokens for run in runs if run.due_s > due_s(0.0, tokens, rate))
+        passed = max(0.0, later - UNDER_WAY_S * rate)
+        wait_s = max(0.0, worker.queued_tokens - passed) / rate
+        return Pipe(wait_s, rate, not measured, not measured and worker.queued_tokens > 0)
 
 
 def rates_of(view: ClusterView) -> Rates:

@@ -5,6 +5,7 @@ import math
 import msgspec
 
 from common.routes import Plan
+from common.runs import QueuedRun
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -69,7 +70,13 @@ class DecodeView(WorkerView, frozen=True, kw_only=True):
 
 
 class PrefillView(WorkerView, frozen=True, kw_only=True):
-    """A prefill worker."""
+    """A prefill worker.
+
+    Attributes:
+        queued_runs: `queued_tokens` by when they are due, from now on; of those that it leaves out nothing is known.
+    """
+
+    queued_runs: tuple[QueuedRun, ...] = ()
 
 
 class ClusterView(msgspec.Struct, frozen=True):

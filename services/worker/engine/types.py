@@ -17,6 +17,7 @@ import msgspec
 from common.blocks import ChainRoot
 from common.errors import PenstockError
 from common.generation import FinishReason, Sampling, Token
+from common.runs import QueuedRun
 from services.worker.engine.meeting import Meeting
 
 
@@ -128,6 +129,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     preemptions: int
     prefill_tokens_per_s: float
     prefill_step_s: float
+    queued_runs: tuple[QueuedRun, ...] = ()  # of prefill, on the monotonic clock
 
 
 class StepResult(msgspec.Struct, frozen=True):
