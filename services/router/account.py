@@ -62,8 +62,9 @@ class Account:
         }
         self._queue.drain(self.compute.left(now), self.compute.per_s)
         self._queue.add(demand.computed_tokens, self.compute.per_s, now)
-        pours = [self.links[name].pour(amount, now) for name, amount in amounts.items()]
-        return Stay(self, demand.tokens, now, [self.compute.pour(demand.computed_tokens, now), *pours])
+        pours = [self.links[name].pour(amount, now, shared=demand.shared) for name, amount in amounts.items()]
+        pours.append(self.compute.pour(demand.computed_tokens, now, shared=demand.shared))
+        return Stay(self, demand.tokens, now, pours)
 
     def runs(self, now: float) -> tuple[QueuedRun, ...]:
         """What a prefill worker has to compute, by when it is due from now on."""

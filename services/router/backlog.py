@@ -15,15 +15,16 @@ POURS_MAX = 1024  # remembered for a late report; the oldest are forgotten first
 class Pour:
     """What one request added."""
 
-    def __init__(self, backlog: "Backlog", amount: float, at: float) -> None:
+    def __init__(self, backlog: "Backlog", amount: float, at: float, shared: bool) -> None:
         self._backlog = backlog
         self.amount = amount
         self.at = at
+        self.shared = shared
 
     def done(self) -> None:
         """All of it has been moved. Idempotent."""
         self._backlog.take_out(self)
-        self.amount = 0.0
+        self.amount, self.shared = 0.0, False
 
 
 class Backlog:
@@ -36,16 +37,19 @@ class Backlog:
         self._level = 0.0
         self._at = 0.0
         self._under_way = 0.0  # of pours that aren't done
+        self._shared = 0  # of these, pours that are shared
         self._others = 0.0  # of the last report, what can't be ours
         self._pours: deque[Pour] = deque(maxlen=POURS_MAX)
 
     def __repr__(self) -> str:
         return f"<Backlog {self._level:.0f} at {self.per_s:.0f}/s>"
 
-    def pour(self, amount: float, now: float) -> Pour:
-        """So much was just sent there."""
-        pour = Pour(self, amount, now)
+    def pour(self, amount: float, now: float, *, shared: bool = False) -> Pour:
+        """So much was just sent there. `shared`: with another link or engine, in parts that only they will know; until one of both has it,
+        the worker reports it whole."""
+        pour = Pour(self, amount, now, shared and amount > 0)
         if amount > 0:
+            self._shared += pour.shared
             self._level = self.left(now) + amount
             self._under_way += amount
             self._at = self.used_at = now
@@ -59,7 +63,7 @@ class Backlog:
         self.per_s = per_s or self.per_s
         recent = sum(pour.amount for pour in self._pours)
         self._level = amount + recent
-        self._others = max(0.0, self._level - self._under_way)
+        self._others = 0.0 if self._shared else max(0.0, self._level - self._under_way)
         self._at = now
 
     def measured(self, amount: float, seconds: float) -> None:
@@ -76,6 +80,7 @@ class Backlog:
         """A pour is done."""
         self.moved += pour.amount
         self._under_way = max(0.0, self._under_way - pour.amount)
+        self._shared -= pour.shared
 
     def left(self, now: float) -> float:
         drained = self._level - self.per_s * (now - self._at)

@@ -254,6 +254,18 @@ def test_a_request_that_ended_has_nothing_queued_whatever_the_last_report_said()
     assert backlog.left(3.0) == 0
 
 
+def test_what_load_and_compute_share_leaves_nothing_behind_when_it_ends() -> None:
+    backlog = Backlog()
+    pour = backlog.pour(60, 1.0, shared=True)
+    backlog.report(100, 10.0, 2.0)  # the worker can't know that compute will take 40 of these
+    assert backlog.left(2.0) == 60
+    pour.done()
+    pour.done()
+    assert backlog.left(2.0) == 0
+    backlog.report(7, 10.0, 3.0)
+    assert backlog.left(3.0) == 7, "somebody else's"
+
+
 def test_a_request_tells_of_a_rate_until_its_worker_does() -> None:
     backlog = Backlog()
     backlog.measured(0, 1.0)

@@ -37,13 +37,14 @@ GUESS_ERROR = 1.0  # of an estimate that rests on a rate nobody measured
 
 
 class Demand(msgspec.Struct, frozen=True):
-    """What a route asks of one worker. `tokens`: of KV to hold; at prefill, to compute."""
+    """What a route asks of one worker. `tokens`: of KV to hold; at prefill, to compute. `shared`: load and compute divide it among them."""
 
     tokens: int
     computed_tokens: int = 0
     storage_bytes: int = 0
     peer_read_bytes: int = 0
     peer_write_bytes: int = 0
+    shared: bool = False
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,11 +88,13 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     def of_decode(self, tokens: int) -> Demand:
         """What it asks of the decode worker, for a request of so many tokens."""
         queued, computed = self.queued, 0 if self.prefill else self.computed_tokens
-        return Demand(tokens, computed, queued.storage_to_decode, queued.decode_to_prefill, queued.prefill_to_decode)
+        meets = self.order is Order.MEET
+        return Demand(tokens, computed, queued.storage_to_decode, queued.decode_to_prefill, queued.prefill_to_decode, meets)
 
     def of_prefill(self) -> Demand:
         queued, computed = self.queued, self.computed_tokens
-        return Demand(computed, computed, queued.storage_to_prefill, queued.decode_to_prefill, queued.prefill_to_decode)
+        meets = self.order is Order.MEET
+        return Demand(computed, computed, queued.storage_to_prefill, queued.decode_to_prefill, queued.prefill_to_decode, meets)
 
 
 class Division(msgspec.Struct, frozen=True):
