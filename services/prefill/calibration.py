@@ -13,12 +13,13 @@ GROWTH = 4  # from one prompt's length to the next
 
 
 def calibrate(engine: PrefillEngine, stage: Stage) -> None:
-    """Computes made-up prompts of one block and up, as long as a step takes less than the quota. In the first round kernels are chosen and
-    memory is touched; only the second counts. The engine must be idle, its thread not yet running."""
+    """Computes made-up prompts of one block and up, as long as a step takes less than the quota: each twice, because at first kernels are
+    chosen and memory is touched, then all once more, which counts. The engine must be idle, its thread not yet running."""
     longest = min(engine.step_tokens_max, engine.context_tokens - 1, stage.slots_free * engine.block_tokens)
     sizes = []
     size, took_s = min(engine.block_tokens, longest), 0.0
     while size <= longest and took_s * GROWTH < QUOTA_S:
+        _computed_s(engine, stage, size)
         took_s = _computed_s(engine, stage, size)
         sizes.append(size)
         size *= GROWTH

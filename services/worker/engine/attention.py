@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from services.worker.engine.batch import StepInput
@@ -208,8 +209,12 @@ class TorchAttention:
         else:
             key, value = own
         windowed = window if window is not None and window < end else None
-        mask = None
-        if start or windowed is not None or softcap is not None or sinks is not None:
+        mask: Tensor | None = None
+        if start and query.is_cuda and windowed is None and softcap is None and sinks is None:
+            mask = causal_lower_right(
+                rows, end
+            )  # flash attention as it is: others would first look for a way through every new shape
+        elif start or windowed is not None or softcap is not None or sinks is not None:
             mask = self._masks.get((index, windowed))
             if mask is None:
                 mask = self._masks[index, windowed] = causal_mask(start, end, windowed, key.device)
