@@ -136,10 +136,10 @@ async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[
             store = LocalStore(place, size, TOTAL_BYTES, depth, io)
             await store.fill()
             await bench.compare(partial(fio.write, size, depth), {"write": store.write}, size, depth)
-            if depth >= DEEP:
+            if depth >= min(DEEP, max(depths)):
                 await store.fill_scattered()
                 await bench.compare(partial(fio.write_scattered, size, depth), {"write_scattered": store.write}, size, depth)
-                await store.fill()
+            await store.fill()
             ways: dict[str, Way] = {"read": store.read, "read_closed": store.read_closed}
             await bench.compare(partial(fio.read, size, depth), ways, size, depth)  # last: what a read found would stay
             await store.close()
