@@ -10,10 +10,14 @@ what they sustain that is compared. `--ramp-s 0` compares bursts.
 
 - `read`: random blocks, `depth` at the kernel, more queued behind, each verified and in the caller's memory.
 - `read_closed`: `depth` requests of a block each, the next when one has ended: latencies are of these (loadtest/store/local.py).
-- `write`: durable, from the store's buffers. fio syncs (fdatasync) after every 8 MiB; the store answers each request of
-  8 MiB when a sync that began after its writes has ended, so requests may share one. Both overwrite, in order: the store writes
-  up to 1 MiB of neighbouring slots at once, so that at the same depth more is on its way where blocks are smaller. The store
+- `write`: durable, from the store's buffers. Both overwrite 512 MiB again and again, in order. fio issues an fdatasync for every
+  8 MiB, among the writes, and goes on; it covers what has ended by then. The store answers each request of 8 MiB when syncs of its
+  segments that began after its writes have ended; requests may share one, and others' writes go on meanwhile. `depth` is what the
+  disk has at once: of fio's, blocks; of the store's, runs of neighbouring slots of up to 1 MiB, 8 MiB in all, so with blocks of
+  128 KiB at depth 8 the disk has up to 8 MiB of the store's and 1 MiB of fio's. What waits behind, waits at the kernel. The store
   reserves and evicts; the bytes have come, and the carrier has checked them, which gives the checksums of their chunks too.
+- `write_scattered`: the same where no two slots of a request are neighbours but by chance; fio writes its blocks at random. So the
+  disk has as many bytes of the one as of the other. fio syncs one file, the store its eight segments.
 - `service_write`: the same from another process' memory, over gRPC and shm: copied and checksummed on the way.
 - `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only, which
   is that of the service's engine (loadtest/store/service.py).
@@ -131,9 +135,13 @@ async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[
             place = folder / f"local-{size}-{depth}"  # each fills a store of its own: what was read before would be kept
             store = LocalStore(place, size, TOTAL_BYTES, depth, io)
             await store.fill()
-            ways: dict[str, Way] = {"read": store.read, "read_closed": store.read_closed}
-            await bench.compare(partial(fio.read, size, depth), ways, size, depth)
             await bench.compare(partial(fio.write, size, depth), {"write": store.write}, size, depth)
+            if depth >= min(DEEP, max(depths)):
+                await store.fill_scattered()
+                await bench.compare(partial(fio.write_scattered, size, depth), {"write_scattered": store.write}, size, depth)
+            await store.fill()
+            ways: dict[str, Way] = {"read": store.read, "read_closed": store.read_closed}
+            await bench.compare(partial(fio.read, size, depth), ways, size, depth)  # last: what a read found would stay
             await store.close()
             shutil.rmtree(place)
 
@@ -168,6 +176,7 @@ async def measure(args: argparse.Namespace, folder: Path, engine: EngineChoice) 
         "read_over_fio": bench.worst("read"),
         "read_closed_over_fio": bench.worst("read_closed"),
         "write_over_fio": bench.worst("write"),
+        "write_scattered_over_fio": bench.worst("write_scattered"),
         "service_write_over_fio": bench.worst("service_write"),
         "service_read_over_fio": bench.worst("extent"),
         "service_shm_over_fio": bench.worst("shm"),

@@ -29,6 +29,7 @@ from common.disk.ring import Ring
 from common.disk.transfer import Op, Transfer
 from common.errors import Overloaded
 
+WRITTEN_BYTES = 8 << 20  # writes at the disk at once; what waits behind them is in chains
 KERNEL_BYTES = 16 << 20  # at the kernel at once: no disk is quicker for more, and what comes together is checked after it
 CHAIN_BYTES = 4 << 20  # of writes in a row: a millisecond of the disk's time, so that the loop may be away as long
 CHAIN_MAX = 16  # writes of a few pages aren't worth more room in the ring
@@ -52,8 +53,8 @@ class RingEngine:
         self._turn: deque[tuple[Batch[int], Sequence[Transfer]]] = deque()
         self._waiting = 0  # transfers of `_turn` that were not started
         self._flights: dict[int, Flight] = {}
-        self._chains = 0  # of the flights: at most `depth`
-        self._kernel_bytes = 0  # of the flights
+        self._places = 0  # at the disk: at most `depth`
+        self._kernel_bytes = 0  # of the flights, but for what waits in chains
         self._queued_bytes = 0  # of what wasn't started
         self._tags = 0
         self._arrived: deque[tuple[Flight, OSError | None]] = deque()
@@ -78,6 +79,9 @@ class RingEngine:
             )
         self._listen(loop)
         self._pending += len(transfers)
+        if all(transfer.op is Op.SYNC for transfer in transfers) and self._ring.in_flight + len(transfers) <= self._ring.entries:
+            self._place_syncs(batch, transfers)
+            return batch
         self._waiting += len(transfers)
         self._turn.append((batch, transfers))
         self._queued_bytes += sum(transfer.length for transfer in transfers)
@@ -134,25 +138,38 @@ class RingEngine:
         self._check_arrived()
 
     @property
-    def _kernel_bytes_max(self) -> int:
+    def _bytes_max(self) -> int:
         """While something waits."""
+        if self._turn[0][1][0].op is Op.WRITE:
+            return WRITTEN_BYTES
         if self._turn[0][1][0].check is None:
             return KERNEL_BYTES
         return min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + self._queued_bytes) // 2))
 
     def _fill(self) -> None:
         """Takes transfers to the kernel, as many as it may have."""
-        while self._turn and self._chains < self.depth and self._kernel_bytes < self._kernel_bytes_max:
-            chain = self._next_chain()
-            self._chains += 1
-            for flight in chain:
-                self._kernel_bytes += flight.length
-                self._place(flight, linked=flight is not chain[-1])
+        ring = self._ring
+        while self._turn and self._places < self.depth and ring.in_flight < ring.entries and self._kernel_bytes < self._bytes_max:
+            flights = self._next_chain()
+            chain = flights[0].chain
+            chain.disk_bytes = flights[0].length
+            self._places += chain.places
+            self._kernel_bytes += chain.disk_bytes
+            for flight in flights:
+                self._place(flight, linked=flight is not flights[-1])
+        self._hand_over()
+
+    def _place_syncs(self, batch: Batch[int], transfers: Sequence[Transfer]) -> None:
+        """Syncs need no place: they move no bytes, and who waits for one has nothing at the disk meanwhile."""
+        for transfer in transfers:
+            self._place(Flight(batch, batch.start(), transfer, 0, Chain(left=1, places=0)))
         self._hand_over()
 
     def _next_chain(self) -> list[Flight]:
         """The next transfer; with a write, a share of the writes that wait."""
-        free = self.depth - self._chains
+        batch, transfers = self._turn[0]
+        room_bytes = self._bytes_max - self._kernel_bytes
+        free = min(self.depth - self._places, -(-room_bytes // max(1, transfers[batch.next].length)))
         room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
         share = min(CHAIN_MAX, room, -(-self._waiting // free))
         chain = Chain()
@@ -238,9 +255,11 @@ class RingEngine:
         self._place(flight)
 
     def _leave_kernel(self, flight: Flight, error: OSError | None) -> None:
-        self._kernel_bytes -= flight.length
-        flight.chain.left -= 1
-        self._chains -= not flight.chain.left
+        chain = flight.chain
+        chain.left -= 1
+        if not chain.left:
+            self._places -= chain.places
+            self._kernel_bytes -= chain.disk_bytes
         self._arrived.append((flight, error))
 
     def _check_arrived(self) -> None:

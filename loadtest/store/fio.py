@@ -44,9 +44,16 @@ class Fio:
         return self._sample("randread", block_bytes, depth, ramp_s, seconds, [])
 
     def write(self, block_bytes: int, depth: int, ramp_s: float, seconds: float) -> Sample:
-        """Durable: one fdatasync for every BATCH_BYTES, at the same depth as the writes."""
+        """In order, durable: one fdatasync for every BATCH_BYTES, at the same depth as the writes."""
+        return self._write("write", block_bytes, depth, ramp_s, seconds)
+
+    def write_scattered(self, block_bytes: int, depth: int, ramp_s: float, seconds: float) -> Sample:
+        """`write` of blocks at random."""
+        return self._write("randwrite", block_bytes, depth, ramp_s, seconds)
+
+    def _write(self, pattern: str, block_bytes: int, depth: int, ramp_s: float, seconds: float) -> Sample:
         every = max(1, BATCH_BYTES // block_bytes)
-        return self._sample("write", block_bytes, depth, ramp_s, seconds, [f"--fdatasync={every}"])
+        return self._sample(pattern, block_bytes, depth, ramp_s, seconds, [f"--fdatasync={every}"])
 
     def _sample(self, pattern: str, block_bytes: int, depth: int, ramp_s: float, seconds: float, more: list[str]) -> Sample:
         began = time.perf_counter()

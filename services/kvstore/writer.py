@@ -4,7 +4,7 @@
    open at once, which is what lets a restart know which blocks may be torn.
 2. Each slot image (header page, payload, padding) is written whole. Images of slots that lie one after the other go in one
    transfer; if that fails they are tried one by one, so that a bad place costs its own block only.
-3. One sync per segment follows. Batches that come meanwhile share the next one (group commit).
+3. One sync of each segment follows. Batches that come to a disk meanwhile share the next ones (group commit).
 4. The numbers are closed, whatever the outcome; and when their disk is lost, so that writes that never come back hold up
    no others. A restart goes by each disk's own last number (scan.py), and nothing is written to a lost disk any more.
 """
@@ -50,7 +50,7 @@ class Writer:
         self._open: dict[int, int] = {}  # sequence numbers in order -> disk
         self._entering = asyncio.Lock()
         self._room = asyncio.Event()
-        self._syncs: dict[int, _GroupSync] = {}
+        self._syncs: dict[int, _GroupSync] = {}  # by disk
 
     @property
     def open_writes(self) -> int:
@@ -79,11 +79,10 @@ class Writer:
                 written.sequences[place] = number
             seal(places, numbers)
             written.failed.update(await self._carry_out(writes, places))
-            by_segment: dict[Segment, list[int]] = {}
-            for place in places:
-                if place not in written.failed:
-                    by_segment.setdefault(writes[place].segment, []).append(place)
-            await _all(self._make_durable(segment, good, written) for segment, good in by_segment.items())
+            good = [place for place in places if place not in written.failed]
+            if self._durable and good:
+                failed = await self._sync(writes[good[0]].segment.disk, {writes[place].segment for place in good})
+                written.failed.update({place: failed[s] for place in good if (s := writes[place].segment) in failed})
         finally:
             for number in numbers:
                 self._open.pop(number, None)
@@ -113,11 +112,6 @@ class Writer:
             return [refused] * len(runs)
         return [result if isinstance(result, BaseException) else None for result in results]
 
-    async def _make_durable(self, segment: Segment, places: Sequence[int], written: Written) -> None:
-        error = await self._sync(segment) if self._durable else None
-        if error is not None:
-            written.failed.update(dict.fromkeys(places, error))
-
     def close_numbers(self, disk: int) -> None:
         """The disk at this position is lost."""
         self._open = {number: place for number, place in self._open.items() if place != disk}
@@ -133,15 +127,11 @@ class Writer:
             self._open |= dict.fromkeys(numbers, disk)
             return numbers
 
-    async def _sync(self, segment: Segment) -> BaseException | None:
-        group = self._syncs.get(id(segment))
-        if group is None:
-            group = self._syncs[id(segment)] = _GroupSync(self._engine, segment)
-        try:
-            return await group.sync()
-        finally:
-            if group.idle:
-                self._syncs.pop(id(segment), None)
+    async def _sync(self, disk: int, segments: Iterable[Segment]) -> Mapping[Segment, BaseException]:
+        syncs = self._syncs.get(disk)
+        if syncs is None:
+            syncs = self._syncs[disk] = _GroupSync(self._engine)
+        return await syncs.sync(segments)
 
 
 def _runs(writes: Sequence[SlotWrite], places: Sequence[int]) -> list[list[int]]:
@@ -169,38 +159,29 @@ async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 class _GroupSync:
-    """Syncs of one file: at most one runs, and everyone who comes meanwhile shares the next."""
+    """Syncs of one disk's files, in rounds: at most one runs, and everyone who comes meanwhile shares the next."""
 
-    def __init__(self, engine: Engine, segment: Segment) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._segment = segment
-        self._running: asyncio.Task[BaseException | None] | None = None
-        self._following: asyncio.Task[BaseException | None] | None = None
+        self._wanted: set[Segment] = set()  # in the next round
+        self._running: asyncio.Task[Mapping[Segment, BaseException]] | None = None
+        self._following: asyncio.Task[Mapping[Segment, BaseException]] | None = None
 
-    @property
-    def idle(self) -> bool:
-        return self._running is None and self._following is None
+    async def sync(self, segments: Iterable[Segment]) -> Mapping[Segment, BaseException]:
+        """Returns after syncs that began after this call: of the round's files those that failed, and why."""
+        self._wanted.update(segments)
+        if self._following is None:
+            self._following = asyncio.create_task(self._round(self._running))
+        return await asyncio.shield(self._following)
 
-    async def sync(self) -> BaseException | None:
-        """Returns after a sync that began after this call: None, or why it failed."""
-        if self._running is None:
-            task = self._running = asyncio.create_task(self._run(None))
-        elif self._following is None:
-            task = self._following = asyncio.create_task(self._run(self._running))
-        else:
-            task = self._following
-        return await asyncio.shield(task)
-
-    async def _run(self, before: "asyncio.Task[BaseException | None] | None") -> BaseException | None:
+    async def _round(self, before: "asyncio.Task[Mapping[Segment, BaseException]] | None") -> Mapping[Segment, BaseException]:
         if before is not None:
             await asyncio.wait([before])
-            self._running, self._following = self._following, None
-        result: int | BaseException
+        self._running, self._following = self._following, None
+        segments, self._wanted = list(self._wanted), set()
+        results: Sequence[int | BaseException]
         try:
-            (result,) = await self._engine.submit([self._segment.sync_transfer()]).done
+            results = await self._engine.submit([segment.sync_transfer() for segment in segments]).done
         except Overloaded as refused:
-            result = refused
-        finally:
-            if self._following is None:
-                self._running = None
-        return result if isinstance(result, BaseException) else None
+            results = [refused] * len(segments)
+        return {segment: result for segment, result in zip(segments, results, strict=True) if isinstance(result, BaseException)}
