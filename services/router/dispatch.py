@@ -15,12 +15,11 @@ from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
 from services.router.cluster import Basis
 from services.router.generator import Generator, Work
-from services.router.lookup import Answer, look_up
+from services.router.lookup import Answer, give_back, look_up
 from services.router.placement import Route, route
 from services.router.policy.view import ClusterView, Query
 from services.router.policy.workers import Refusal, Why
 from services.router.rendezvous import ranked
-from services.router.stores import LeaseKeeper
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
 log = Log("dispatch")
@@ -114,10 +113,9 @@ class Dispatch:
         )
         try:
             resident = await cluster.resident(keys, settings.resident_timeout_ms / 1000)
-            answer = await looking
+            answer = await asyncio.shield(looking)
         except BaseException:
-            looking.add_done_callback(lambda done: _give_back(done, keeper))
-            looking.cancel()
+            keeper.see_to(give_back(looking, keeper))
             raise
         for address, reason in answer.failures:
             log.warning("lookup_failed", request_id=self._work.id, kvstore=address, reason=reason)
@@ -165,12 +163,6 @@ class Dispatch:
         choice.namespace = view.namespace
         self._generator.metrics.routed(decision.plan)
         log.debug("placed", request_id=stream_id, decode=peer.id, plan=decision.plan, reason=decision.reason)
-
-
-def _give_back(looked: asyncio.Future[Answer], keeper: LeaseKeeper) -> None:
-    """Nobody takes the answer of a lookup."""
-    if not looked.cancelled() and looked.exception() is None and (found := looked.result().found) is not None:
-        keeper.release(found)
 
 
 def _refused(refusal: Refusal) -> PenstockError:

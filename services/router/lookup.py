@@ -36,7 +36,10 @@ class Answer(msgspec.Struct, frozen=True):
 async def look_up(
     stores: Sequence[KvStoreClient], namespace: Namespace, keys: Sequence[bytes], keeper: LeaseKeeper, deadline_s: float
 ) -> Answer:
-    """Asks `stores`, best first; without any, nothing is stored. What is found is held by `keeper`."""
+    """Asks `stores`, best first; without any, nothing is stored. What is found is held by `keeper`.
+
+    Not to be cancelled, but for the end of the process: see `give_back`. It ends within two deadlines.
+    """
     if not stores:
         return Answer()
     first, *others = stores
@@ -63,6 +66,13 @@ async def look_up(
             found = Found(stores[best], better)
             keeper.hold(found)
     return Answer(found, min(blocks), failures)
+
+
+async def give_back(looking: Awaitable[Answer], keeper: LeaseKeeper) -> None:
+    """Nobody takes the answer of a lookup: it goes on to its end, for a lease that is granted by then is told of by the reply alone."""
+    answer = await looking
+    if answer.found is not None:
+        keeper.release(answer.found)
 
 
 async def _tried(call: Awaitable[T]) -> T | PenstockError:

@@ -7,6 +7,8 @@ loaded, so ours is the safety net, and a second release does nothing.
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 import msgspec
 
@@ -65,9 +67,12 @@ class LeaseKeeper:
     def release(self, found: Found) -> None:
         """Gives the lease back in the background. Idempotent."""
         self._renewing.pop(found.token, None)
-        if self._held.pop(found.token, None) is None or len(self._releasing) >= RELEASES_MAX:
-            return
-        task = asyncio.get_running_loop().create_task(self._release(found))
+        if self._held.pop(found.token, None) is not None and len(self._releasing) < RELEASES_MAX:
+            self.see_to(self._release(found))
+
+    def see_to(self, giving_back: Coroutine[Any, Any, None]) -> None:
+        """Runs what gives a lease back in the background; it must have a deadline."""
+        task = asyncio.get_running_loop().create_task(giving_back)
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
 
@@ -80,8 +85,9 @@ class LeaseKeeper:
             await asyncio.gather(*(self._renew(found) for found in due))
 
     async def settle(self) -> None:
-        """Waits for the releases under way."""
-        await asyncio.gather(*self._releasing, return_exceptions=True)
+        """Waits for the releases under way, and for those that they bring about."""
+        while self._releasing:
+            await asyncio.gather(*self._releasing, return_exceptions=True)
 
     async def _renew(self, found: Found) -> None:
         try:

@@ -88,8 +88,13 @@ async def handing_over_badly(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Asy
 async def restarting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """Once it has computed a layer its connections break, as a killed process's do; then somebody listens there again, who
     knows of nothing."""
-    engine, computed = pair.prefill.engine, asyncio.Event()
+    engine, computed, send = pair.prefill.engine, asyncio.Event(), Handoff.run
     engine.engine.announce = engine.posting(lambda layer, blocks: computed.set())
+
+    async def in_vain(handoff: Handoff) -> None:
+        if handoff._in is pair.runner.handoffs:
+            await asyncio.Event().wait()
+        await send(handoff)
 
     async def restart() -> None:
         await computed.wait()
@@ -97,7 +102,9 @@ async def restarting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         await listen_again(pair)
 
     dying = asyncio.create_task(restart())
-    yield
+    with monkeypatch.context() as patched:
+        patched.setattr(Handoff, "run", in_vain)
+        yield
     await dying
     engine.engine.announce = engine.posting(pair.runner.on_layer)
 

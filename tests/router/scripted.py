@@ -150,6 +150,8 @@ class ScriptedStore(kv_grpc.KvStoreServicer):
         self.address = ""
         self.blocks = 0
         self.hang = False
+        self.gate: asyncio.Event | None = None  # if set, a lease is granted, and told of when it opens
+        self.granted = asyncio.Event()
         self.lookups: list[kv.LookupRequest] = []
         self.leases: set[bytes] = set()
         self.renewed = asyncio.Event()
@@ -169,6 +171,9 @@ class ScriptedStore(kv_grpc.KvStoreServicer):
             return kv.LookupReply(blocks=blocks)
         token = os.urandom(16)
         self.leases.add(token)
+        self.granted.set()
+        if self.gate is not None:
+            await self.gate.wait()
         return kv.LookupReply(blocks=blocks, token=token, ttl_ms=request.lease_ms, epoch=b"e" * 16)
 
     async def Renew(self, request: kv.RenewRequest, context: Any) -> kv.RenewReply:

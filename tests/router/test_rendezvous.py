@@ -84,3 +84,26 @@ async def test_a_replica_that_does_not_answer_costs_nothing_but_its_blocks(start
         _, replicated = await placed(stack)
         assert replicated == 5 and stack.decode.starts[-1].route.stored.kvstore == both[0].address
         await settled(stack)
+
+
+@pytest.mark.parametrize("last", ["first", "second"])
+async def test_a_client_that_goes_during_the_lookup_leaves_no_lease(start_stack: StackMaker, last: str) -> None:
+    """While the first store's answer is awaited, which holds the lease already; or the replica's, which holds more."""
+    async with start_stack(stores=2, replicas=2, lookup_timeout_ms=5000) as stack:
+        (first, second), _ = await placed(stack)
+        first.blocks, second.blocks = 3, 5
+        slow = {"first": first, "second": second}[last]
+        slow.gate = asyncio.Event()
+        first.granted.clear()
+        asking = asyncio.create_task(stack.complete(prompt=PROMPT, max_tokens=1))
+        await slow.granted.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        async with asyncio.timeout(10):
+            await stack.router._generator.idle.wait()
+        slow.gate.set()
+        async with asyncio.timeout(10):
+            for store in (first, second):
+                if store.granted.is_set():
+                    await store.released.get()
+        assert not first.leases and not second.leases and stack.router._generator.keeper.held == 0
