@@ -4,7 +4,7 @@
    the kernel, so that a long batch doesn't hold up a short one. Towards the end of what is checked there are fewer, so that little is
    left to check when the last has come.
 2. Writes go there in chains: the kernel begins one when the one before it has ended, so that the disk, which has no more than
-   `depth` of them at any moment, doesn't wait for the loop. Of reads that would be more memory to check at once, for nothing:
+   `depth` of them and WRITTEN_BYTES at any moment, doesn't wait for the loop. Of reads that would be more memory to check at once, for nothing:
    the loop looks at the ring between its checks.
 3. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
    before anything is checked, so that the disk has work meanwhile.
@@ -27,6 +27,7 @@ from common.disk.batch import Batch
 from common.disk.flights import Chain, Flight
 from common.disk.ring import Ring
 from common.disk.transfer import Op, Transfer
+from common.disk.turns import Turns
 from common.errors import Overloaded
 
 WRITTEN_BYTES = 8 << 20  # writes at the disk at once; what waits behind them is in chains
@@ -50,12 +51,10 @@ class RingEngine:
         self.pending_max = pending_max
         self.depth = min(depth, ring.entries)
         self._ring = ring
-        self._turn: deque[tuple[Batch[int], Sequence[Transfer]]] = deque()
-        self._waiting = 0  # transfers of `_turn` that were not started
+        self._turns = Turns()
         self._flights: dict[int, Flight] = {}
         self._places = 0  # at the disk: at most `depth`
         self._kernel_bytes = 0  # of the flights, but for what waits in chains
-        self._queued_bytes = 0  # of what wasn't started
         self._tags = 0
         self._arrived: deque[tuple[Flight, OSError | None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -82,9 +81,7 @@ class RingEngine:
         if all(transfer.op is Op.SYNC for transfer in transfers) and self._ring.in_flight + len(transfers) <= self._ring.entries:
             self._place_syncs(batch, transfers)
             return batch
-        self._waiting += len(transfers)
-        self._turn.append((batch, transfers))
-        self._queued_bytes += sum(transfer.length for transfer in transfers)
+        self._turns.add(batch, transfers)
         if deadline_s is not None:
             batch.timer = loop.call_later(deadline_s, self.abandon, batch)
         self._fill()
@@ -92,15 +89,10 @@ class RingEngine:
 
     def abandon(self, batch: Batch[int]) -> None:
         """Gives up the transfers of a batch that were not started. Idempotent."""
-        left = batch.give_up()
-        if left:
-            self._pending -= left
-            self._waiting -= left
-            (transfers,) = (entry[1] for entry in self._turn if entry[0] is batch)
-            self._queued_bytes -= sum(transfer.length for transfer in transfers[-left:])
-            self._turn = deque(entry for entry in self._turn if entry[0] is not batch)
-            if batch.settled:
-                batch.finish()
+        left = self._turns.give_up(batch)
+        self._pending -= left
+        if left and batch.settled:
+            batch.finish()
 
     def close(self) -> None:
         """Ends the engine when what is queued is done. Blocks; idempotent."""
@@ -108,7 +100,7 @@ class RingEngine:
             if self._closed:
                 return
             self._closed = True
-            while self._turn or self._ring.in_flight:
+            while self._turns.waiting or self._ring.in_flight:
                 self._fill()
                 self._ring.submit(wait=True)
                 self._reap()
@@ -140,16 +132,22 @@ class RingEngine:
     @property
     def _bytes_max(self) -> int:
         """While something waits."""
-        if self._turn[0][1][0].op is Op.WRITE:
+        first = self._turns.first
+        if first.op is Op.WRITE:
             return WRITTEN_BYTES
-        if self._turn[0][1][0].check is None:
+        if first.check is None:
             return KERNEL_BYTES
-        return min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + self._queued_bytes) // 2))
+        return min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + self._turns.queued_bytes) // 2))
 
     def _fill(self) -> None:
         """Takes transfers to the kernel, as many as it may have."""
         ring = self._ring
-        while self._turn and self._places < self.depth and ring.in_flight < ring.entries and self._kernel_bytes < self._bytes_max:
+        while (
+            self._turns.waiting
+            and self._places < self.depth
+            and ring.in_flight < ring.entries
+            and self._kernel_bytes < self._bytes_max
+        ):
             flights = self._next_chain()
             chain = flights[0].chain
             chain.disk_bytes = flights[0].length
@@ -167,32 +165,18 @@ class RingEngine:
 
     def _next_chain(self) -> list[Flight]:
         """The next transfer; with a write, a share of the writes that wait."""
-        batch, transfers = self._turn[0]
         room_bytes = self._bytes_max - self._kernel_bytes
-        free = min(self.depth - self._places, -(-room_bytes // max(1, transfers[batch.next].length)))
+        free = min(self.depth - self._places, -(-room_bytes // max(1, self._turns.first.length)))
         room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
-        share = min(CHAIN_MAX, room, -(-self._waiting // free))
+        share = min(CHAIN_MAX, room, -(-self._turns.waiting // free))
         chain = Chain()
-        flights = [self._next(chain)]
+        flights = [self._turns.start(chain)]
         left_bytes = CHAIN_BYTES - flights[0].length
-        while len(flights) < share and left_bytes > 0 and flights[-1].transfer.op is Op.WRITE and self._turn:
-            batch, transfers = self._turn[0]
-            if transfers[batch.next].op is not Op.WRITE:
-                break
-            flights.append(self._next(chain))
+        writes = flights[0].transfer.op is Op.WRITE
+        while writes and len(flights) < share and left_bytes > 0 and self._turns.waiting and self._turns.first.op is Op.WRITE:
+            flights.append(self._turns.start(chain))
             left_bytes -= flights[-1].length
         return flights
-
-    def _next(self, chain: Chain) -> Flight:
-        batch, transfers = self._turn.popleft()
-        index = batch.start()
-        if batch.left:
-            self._turn.append((batch, transfers))
-        length = transfers[index].length
-        self._waiting -= 1
-        self._queued_bytes -= length
-        chain.left += 1
-        return Flight(batch, index, transfers[index], length, chain)
 
     def _place(self, flight: Flight, *, linked: bool = False) -> None:
         transfer, tag = flight.transfer, self._tags
