@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.worker.codec import DTYPES
-from services.worker.engine.attention import PagedAttention, Paging, attention_over
+from services.worker.engine.attention import PagedAttention, Paging, Scoring, attention_over
 from services.worker.engine.batch import StepInput
 from services.worker.model import LoadedModel
 from services.worker.stage import Stage
@@ -73,20 +73,10 @@ class InPlace:
         self._paging = self._inner.begin(step)
         return self
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         assert self._gate is not None and self._paging is not None
         self._gate.before(layer)
-        out = self._paging.attend(layer, query, key, value, scale, window, softcap, sinks)
+        out = self._paging.attend(layer, query, key, value, scoring)
         self._gate.after(layer)
         return out
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.errors import Internal
 from services.prefill.layerwise import Gate, stage_tensor
-from services.worker.engine.attention import PagedAttention, Paging, attention_over
+from services.worker.engine.attention import PagedAttention, Paging, Scoring, attention_over
 from services.worker.engine.batch import StepInput
 from services.worker.model import LoadedModel
 from services.worker.stage import Stage
@@ -74,17 +74,7 @@ class Ring:
         self._paging = [inner.begin(renumbered) for inner in self._inner]
         return self
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         assert self._gate is not None and self._blocks is not None
         turn = layer // self._group % BUFFERS
         place, buffer = layer % self._group, self._buffers[turn]
@@ -92,7 +82,7 @@ class Ring:
             last = min(layer + self._group, self._layers)
             self._gate.before(last - 1)
             self._copies.bring(turn, self._pieces_in(buffer, layer, last), [buffer[block] for block in self._blocks.partial])
-        out = self._paging[turn].attend(place, query, key, value, scale, window, softcap, sinks)
+        out = self._paging[turn].attend(place, query, key, value, scoring)
         self._copies.take_away(turn, layer, self._pieces_out(buffer, place, layer))
         self._copies.told(self._gate.after)
         return out

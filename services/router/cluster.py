@@ -1,34 +1,26 @@
 """The router's connections to its peers, and the view that placement decides on.
 
 Peers come from the settings (static, kept for ever) and from NATS (kept until their entry is gone
-*and* their gRPC connection is down). Each peer has one task: connect -> Describe -> check role and
-model -> (decode) open the stream -> poll -> lost -> wait -> connect again.
+*and* their gRPC connection is down). Each peer has one task: a session (sessions.py), of which each Describe reply is checked
+for role and model -> lost -> wait -> the next session.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from common import rpc
-from common.aio import first_of
-from common.clients.decode import DecodeConnection
-from common.clients.kvstore import KvStoreClient
-from common.errors import DeadlineExceeded, Internal, PenstockError, Unavailable
+from common.errors import Internal, PenstockError
 from common.logs import Log
 from common.membership import Seen, Watcher
-from common.pb import worker_pb2, worker_pb2_grpc
 from services.router.account import Stay
-from services.router.peers import Peer, PeerInfo, store_info, worker_info
+from services.router.peers import Peer, PeerInfo
 from services.router.placement import cluster_namespace
 from services.router.policy.corrections import Corrections
 from services.router.policy.estimates import Estimate
 from services.router.policy.view import ClusterView
+from services.router.sessions import session
 
-DESCRIBE_TIMEOUT_S = 2.0
-POLL_S = 1.0  # without fresh loads over NATS
-POLL_SLOW_S = 5.0  # with them
-UNANSWERED_MAX = 5  # polls in a row: ten seconds of silence on a live connection is a stuck process
 RECONNECT_S = (0.1, 1.0)
 RESIDENT_ASKED_MAX = 8  # decode workers asked what they hold, per request: a call each
 ROLES = ("decode", "prefill", "kvstore")
@@ -180,7 +172,7 @@ class Cluster:
         silent = False
         while True:
             try:
-                await self._session(peer)
+                await session(peer, self._described)
                 raise Internal("a session ended without saying why")
             except Exception as error:
                 was_connected = peer.connected
@@ -204,77 +196,6 @@ class Cluster:
         elif not silent:
             log.warning(what, role=peer.role, address=peer.address, reason=error.message)
         return True
-
-    async def _session(self, peer: Peer) -> None:
-        """One connection, from handshake to loss. Always ends by raising."""
-        if peer.role == "decode":
-            await self._decode_session(peer)
-        elif peer.role == "prefill":
-            await self._prefill_session(peer)
-        else:
-            await self._store_session(peer)
-
-    async def _decode_session(self, peer: Peer) -> None:
-        connection = DecodeConnection(peer.address)
-
-        async def describe() -> PeerInfo:
-            return worker_info(await connection.describe(DESCRIBE_TIMEOUT_S))
-
-        def opened() -> None:
-            peer.connection = connection
-            self._described(peer, info)
-
-        try:
-            info = await describe()
-            await first_of(connection.serve(opened), self._poll(peer, describe))
-        finally:
-            peer.connection = None
-            await connection.close()
-
-    async def _prefill_session(self, peer: Peer) -> None:
-        channel = rpc.channel(peer.address)
-        stub = worker_pb2_grpc.PrefillStub(channel)
-
-        async def describe() -> PeerInfo:
-            pending = stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
-            return worker_info(cast(worker_pb2.WorkerInfo, await rpc.call(pending, peer.address)))
-
-        try:
-            self._described(peer, await describe())
-            await self._poll(peer, describe)
-        finally:
-            await channel.close()
-
-    async def _store_session(self, peer: Peer) -> None:
-        store = KvStoreClient(peer.address)
-
-        async def describe() -> PeerInfo:
-            return store_info(await store.describe(deadline_s=DESCRIBE_TIMEOUT_S))
-
-        try:
-            info = await describe()
-            peer.store = store
-            self._described(peer, info)
-            await self._poll(peer, describe)
-        finally:
-            peer.store = None
-            await store.close()
-
-    async def _poll(self, peer: Peer, describe: Callable[[], Awaitable[PeerInfo]]) -> None:
-        unanswered = 0
-        while True:
-            await asyncio.sleep(POLL_SLOW_S if peer.nats_fresh(time.monotonic()) else POLL_S)
-            try:
-                info = await describe()
-                unanswered = 0
-            except DeadlineExceeded:
-                unanswered += 1
-                if unanswered >= UNANSWERED_MAX:
-                    raise Unavailable(f"{peer.role} {peer.address}: connected, but {unanswered} calls went unanswered") from None
-                continue
-            if peer.info is not None and info.epoch != peer.info.epoch:
-                raise Unavailable(f"{peer.role} {peer.address}: restarted")
-            self._described(peer, info)
 
     def _described(self, peer: Peer, info: PeerInfo) -> None:
         problem = self._problem(peer, info)

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import json
 import re
 import time
 import uuid
@@ -18,17 +17,17 @@ from starlette.routing import Route
 
 from common import tracing
 from common.errors import Cancelled, InvalidRequest, NotFound, PenstockError, Unauthenticated, meaning
+from services.router.answers import stream, whole
 from services.router.choice import Delta
 from services.router.exchange import REQUEST_ID, Exchange, Receive, Scope, Send, retry_after
 from services.router.generation import Generation
 from services.router.generator import Generator, Work
 from services.router.prepare import Envelope, chat_work, check_model, completion_work, echo_prompts
 from services.router.schema import ChatBody, Common, CompletionBody, decode_body
-from services.router.shapes import ChatShape, CompletionShape, Head, Shape, Wanted, error_body, event, merge, usage
+from services.router.shapes import ChatShape, CompletionShape, Head, Shape, Wanted, error_body, event, usage
 from services.router.status import Facts
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")  # longer or stranger ones are replaced
-_EXPLAIN = "x-penstock-explain"  # 1 in a request asks for the header, or in a stream for a comment before the end
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # probes and scrapers carry no key
 
 
@@ -97,9 +96,9 @@ class Api:
     async def _answer(self, exchange: Exchange, body: Common, work: Work, shape: Shape) -> None:
         async with Generation(self._g, work) as generation:
             if body.stream:
-                await _stream(exchange, body, generation, shape)
+                await stream(exchange, body, generation, shape)
             else:
-                await _whole(exchange, generation, shape)
+                await whole(exchange, generation, shape)
 
     async def _echo_only(
         self, exchange: Exchange, body: CompletionBody, shape: CompletionShape, prompt_tokens: int, n: int
@@ -141,55 +140,6 @@ class Api:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._g.metrics.expose(self._g.cluster), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def _whole(exchange: Exchange, generation: Generation, shape: Shape) -> None:
-    parts: dict[int, list[Delta]] = {}
-    async for deltas in generation:
-        for delta in deltas:
-            parts.setdefault(delta.index, []).append(delta)
-    answer = shape.full([merge(parts[index]) for index in sorted(parts)])
-    headers = ((_EXPLAIN.encode(), _explanation(generation)),) if _wants_explanation(exchange) else ()
-    await exchange.json(answer | {"usage": _usage(generation)}, headers=headers)
-
-
-async def _stream(exchange: Exchange, body: Common, generation: Generation, shape: Shape) -> None:
-    options = body.stream_options
-    include = bool(options and options.include_usage)
-    continuous = bool(options and options.continuous_usage_stats)
-    begun: set[int] = set()
-    async for deltas in generation:
-        frames: list[bytes] = []
-        for delta in deltas:
-            first = delta.index not in begun
-            if not first and not shape.worth_sending(delta):
-                continue
-            begun.add(delta.index)
-            chunk = shape.chunk(delta, first)
-            if include or continuous:
-                chunk["usage"] = _usage(generation) if continuous else None
-            frames.append(event(chunk))
-        if frames:
-            await exchange.stream(b"".join(frames))
-    if include:
-        await exchange.stream(event(shape.usage_chunk() | {"usage": _usage(generation)}))
-    if _wants_explanation(exchange):
-        await exchange.stream(b": %s %s\n\n" % (_EXPLAIN.encode(), _explanation(generation)))
-    await exchange.end()
-
-
-def _wants_explanation(exchange: Exchange) -> bool:
-    return exchange.headers.get(_EXPLAIN, "0") not in ("", "0")
-
-
-def _explanation(generation: Generation) -> bytes:
-    """One line of ASCII: a header takes nothing else."""
-    return json.dumps(generation.explanation, separators=(",", ":")).encode()
-
-
-def _usage(generation: Generation) -> dict[str, Any]:
-    counts = usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
-    return counts | {"penstock": {"route": generation.route}}  # ours; OpenAI clients keep or ignore what they don't know
 
 
 class _Endpoint:

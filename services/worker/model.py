@@ -287,7 +287,7 @@ class _Probe:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[int, ...]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, *_: object) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: object) -> Tensor:
         if layer in self.seen:
             raise UnsupportedModel(f"layer {layer} attends twice")
         self.seen[layer] = (*key.shape, *value.shape)

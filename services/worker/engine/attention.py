@@ -9,7 +9,7 @@ pool, then each row attends to the keys of its own sequence.
 `KernelAttention` calls the compiled kernels, which read the pages in place.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,26 @@ from services.worker.engine.batch import StepInput
 NAME = "penstock"
 
 
+class Scoring(NamedTuple):
+    """How a layer weighs the keys that a query sees.
+
+    Attributes:
+        scale: of the scores.
+        window: how many keys a query sees at most, its own included; None: all up to its own.
+        softcap: scores are squeezed into [-softcap, softcap]; None: they aren't.
+        sinks: `[q_heads]`, one extra logit each that takes weight and gives no value; None: there are none.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class Paging(Protocol):
     """What `paging=` may be: the engine's step, or the probe that looks at a model when it is loaded."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """query `[1, q_heads, tokens, head_dim]`, key and value `[1, kv_heads, tokens, head_dim]` ->
         `[1, tokens, q_heads, head_dim]`."""
         ...
@@ -61,7 +67,8 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return paging.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux), None  # type: ignore[arg-type]
+    scoring = Scoring(scale, sliding_window, softcap, s_aux)
+    return paging.attend(module.layer_idx, query, key, value, scoring), None  # type: ignore[arg-type]
 
 
 class PagedAttention(Paging, Protocol):
@@ -97,17 +104,7 @@ class KernelAttention:
         self._step = step
         return self
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         step = self._step
         assert step is not None
         k, v = self._layers[layer]
@@ -115,6 +112,7 @@ class KernelAttention:
         k.index_put_(place, key[0].transpose(0, 1))
         v.index_put_(place, value[0].transpose(0, 1))
         queries, decodes = query[0].transpose(0, 1), step.decodes
+        scale, window, softcap, sinks = scoring
         out = []
         if decodes:
             tables, lengths = step.tables[:decodes], step.context_lens
@@ -139,31 +137,20 @@ class TorchAttention:
         self._masks = {}
         return self
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         step = self._step
         assert step is not None
         keys, values = self._layers[layer]
         place = (step.block_ids, step.offsets)
         keys.index_put_(place, key[0].transpose(0, 1))
         values.index_put_(place, value[0].transpose(0, 1))
-        heads = (scale, softcap, sinks)
         parts = []
         if step.decodes:
-            parts.append(self._decode(step, query[0, :, : step.decodes], keys, values, window, *heads))
+            parts.append(self._decode(step, query[0, :, : step.decodes], keys, values, scoring))
         for index, start in enumerate(step.starts):
             rows = slice(step.decodes + step.bounds[index], step.decodes + step.bounds[index + 1])
             own = (key[:, :, rows], value[:, :, rows]) if start == 0 else None
-            parts.append(self._prefill(step, index, query[:, :, rows], keys, values, own, window, *heads))
+            parts.append(self._prefill(step, index, query[:, :, rows], keys, values, own, scoring))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def _decode(
@@ -172,11 +159,9 @@ class TorchAttention:
         query: Tensor,  # [q_heads, rows, head_dim]
         keys: Tensor,
         values: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        scoring: Scoring,
     ) -> Tensor:
+        window = scoring.window
         tables = step.tables[: step.decodes]
         key, value = (pages[tables].flatten(1, 2).transpose(1, 2) for pages in (keys, values))
         mask = self._masks.get((-1, window))
@@ -185,7 +170,7 @@ class TorchAttention:
             lengths = step.context_lens[:, None]
             mask = index < lengths if window is None else (index < lengths) & (index >= lengths - window)
             mask = self._masks[-1, window] = mask[:, None, None, :]
-        out = attention(query.transpose(0, 1)[:, :, None], key, value, mask, scale, softcap, sinks)
+        out = attention(query.transpose(0, 1)[:, :, None], key, value, mask, scoring)
         return out[:, :, 0]
 
     def _prefill(
@@ -196,10 +181,7 @@ class TorchAttention:
         keys: Tensor,
         values: Tensor,
         own: tuple[Tensor, Tensor] | None,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        scoring: Scoring,
     ) -> Tensor:
         start, rows = step.starts[index], query.shape[2]
         end = start + rows
@@ -208,17 +190,17 @@ class TorchAttention:
             key, value = (pages[table].flatten(0, 1)[:end].transpose(0, 1)[None] for pages in (keys, values))
         else:
             key, value = own
-        windowed = window if window is not None and window < end else None
+        windowed = scoring.window if scoring.window is not None and scoring.window < end else None
+        plain = windowed is None and scoring.softcap is None and scoring.sinks is None
         mask: Tensor | None = None
-        if start and query.is_cuda and windowed is None and softcap is None and sinks is None:
-            mask = causal_lower_right(
-                rows, end
-            )  # flash attention as it is: others would first look for a way through every new shape
-        elif start or windowed is not None or softcap is not None or sinks is not None:
+        if start and query.is_cuda and plain:
+            # Flash attention as it is: others would first look for a way through every new shape.
+            mask = causal_lower_right(rows, end)
+        elif start or not plain:
             mask = self._masks.get((index, windowed))
             if mask is None:
                 mask = self._masks[index, windowed] = causal_mask(start, end, windowed, key.device)
-        return attention(query, key, value, mask, scale, softcap, sinks)[0].transpose(0, 1)
+        return attention(query, key, value, mask, scoring)[0].transpose(0, 1)
 
 
 def causal_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
@@ -232,11 +214,10 @@ def attention(
     query: Tensor,  # [batch, q_heads, queries, head_dim]
     key: Tensor,  # [batch, kv_heads, keys, head_dim]
     value: Tensor,
-    mask: Tensor | None,  # broadcastable to [batch, heads, queries, keys]; None is causal
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,  # [q_heads]: one extra logit each that takes weight and gives no value
+    mask: Tensor | None,  # of the keys that are seen, broadcastable to [batch, heads, queries, keys]; None is causal
+    scoring: Scoring,
 ) -> Tensor:
+    scale, _, softcap, sinks = scoring
     if softcap is None and sinks is None:
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
