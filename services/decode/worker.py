@@ -1,19 +1,22 @@
 """The decode role: its parts, wired to a node."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc.aio
 
+from common.generation import Sampling
 from common.pb import worker_pb2_grpc
 from services.decode.decoder import Decoder
 from services.decode.filling import Filler
 from services.decode.means import Means
 from services.decode.prefill_client import PrefillPeers
 from services.decode.service import DecodeService
+from services.worker.engine.calibration import ID, calibrate, prompt_of
 from services.worker.engine.engine import Engine
 from services.worker.engine.pool import pool_blocks
-from services.worker.engine.types import StepResult
+from services.worker.engine.types import NewSequence, StepResult
 from services.worker.links import Link
 from services.worker.memory import BESIDE_A_POOL
 from services.worker.model import LoadedModel
@@ -41,16 +44,30 @@ class DecodeKind:
         return min(model.context_tokens, blocks * model.layout.block_tokens)
 
     def engine(self, settings: WorkerSettings, model: LoadedModel, stage: Stage, context_tokens: int) -> Engine:
-        return Engine(
+        engine = Engine(
             model,
             pool_bytes=settings.pool_bytes,
             sequences_max=settings.sequences_max,
             waiting_max=settings.waiting_max,
             step_tokens_max=settings.step_tokens_max,
         )
+        calibrated(engine, min(settings.step_tokens_max, context_tokens - 1))
+        return engine
 
     def role(self, node: Node[Any]) -> "DecodeWorker":
         return DecodeWorker(node, resident=self._resident)
+
+
+def calibrated(engine: Engine, longest: int) -> None:
+    """Measures how fast the engine computes prompts, none of which its pool keeps."""
+
+    @contextmanager
+    def add(tokens: int) -> Iterator[None]:
+        prompt = prompt_of(tokens, engine.model.vocab_size)
+        engine.add(NewSequence(ID, prompt, Sampling(max_tokens=1, temperature=0.0)))
+        yield
+
+    calibrate(engine, add, engine.model.layout.block_tokens, longest)
 
 
 class DecodeWorker:

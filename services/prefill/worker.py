@@ -1,22 +1,26 @@
 """The prefill role: its parts, wired to a node."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc.aio
 
+from common.generation import Sampling
 from common.logs import Log
 from common.pb import worker_pb2_grpc
-from services.prefill.calibration import calibrate
-from services.prefill.engine import PrefillEngine
+from services.prefill.engine import NewRun, PrefillEngine
 from services.prefill.handoff import Handoffs
 from services.prefill.layerwise import InPlace
 from services.prefill.pulling import PeerReader
 from services.prefill.ring import Ring
 from services.prefill.runner import Runner
 from services.prefill.service import PrefillService
+from services.worker.engine.allocator import blocks_for
+from services.worker.engine.calibration import ID, calibrate, prompt_of
 from services.worker.engine.types import StepResult
+from services.worker.ledger import Ledger
 from services.worker.links import Link
 from services.worker.memory import INSTEAD_OF_A_POOL
 from services.worker.model import LoadedModel
@@ -45,11 +49,29 @@ class PrefillKind:
             waiting_max=settings.waiting_max,
             step_tokens_max=settings.step_tokens_max,
         )
-        calibrate(engine, stage)
+        calibrated(engine, stage)
         return engine
 
     def role(self, node: Node[Any]) -> "PrefillWorker":
         return PrefillWorker(node)
+
+
+def calibrated(engine: PrefillEngine, stage: Stage) -> None:
+    """Measures the engine's speed with prompts in the stage, which are gone afterwards."""
+
+    @contextmanager
+    def add(tokens: int) -> Iterator[None]:
+        slots = stage.reserve(blocks_for(tokens, engine.block_tokens))
+        try:
+            ledger = Ledger(len(slots), engine.model.layout.layers, ())
+            sampling = Sampling(max_tokens=1, temperature=0.0)
+            engine.add(NewRun(ID, prompt_of(tokens, engine.model.vocab_size), sampling, slots=slots, ledger=ledger))
+            yield
+        finally:
+            stage.free(slots)
+
+    longest = min(engine.step_tokens_max, engine.context_tokens - 1, stage.slots_free * engine.block_tokens)
+    calibrate(engine, add, engine.block_tokens, longest)
 
 
 class PrefillWorker:

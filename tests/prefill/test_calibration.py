@@ -1,8 +1,8 @@
 """What a prefill worker knows of its speed before the first request."""
 
-from services.prefill.calibration import calibrate
 from services.prefill.engine import PrefillEngine
 from services.prefill.layerwise import InPlace
+from services.prefill.worker import calibrated
 from services.worker.stage import Stage
 from tests.worker.conftest import Tiny
 
@@ -11,7 +11,7 @@ def test_a_fresh_engine_knows_its_speed_and_holds_nothing(llama: Tiny) -> None:
     stage = Stage(8, llama.loaded.layout.bytes_per_block)
     engine = PrefillEngine(llama.loaded, InPlace(stage, llama.loaded), context_tokens=1024, step_tokens_max=256)
     assert engine.load.prefill_tokens_per_s == 0
-    calibrate(engine, stage)
+    calibrated(engine, stage)
     assert engine.load.prefill_tokens_per_s > 0 and engine.load.waiting == engine.load.running == 0
     assert engine.idle and stage.slots_free == 8
     engine.check_integrity()
@@ -21,5 +21,5 @@ def test_a_fresh_engine_knows_its_speed_and_holds_nothing(llama: Tiny) -> None:
 def test_a_stage_of_one_slot_is_enough(llama: Tiny) -> None:
     stage = Stage(1, llama.loaded.layout.bytes_per_block)
     engine = PrefillEngine(llama.loaded, InPlace(stage, llama.loaded), context_tokens=16)
-    calibrate(engine, stage)
+    calibrated(engine, stage)
     assert engine.load.prefill_tokens_per_s > 0

@@ -321,6 +321,10 @@ class Engine:
 
     # -- how it is doing
 
+    def forget_speed(self) -> None:
+        """As if nothing had been measured."""
+        self._speed = Speed()
+
     def _measure(self, chunks: list[Chunk], elapsed_s: float) -> None:
         tokens = sum(chunk.end - chunk.start for chunk in chunks)
         # Steps that mostly decode say nothing about prefill.
