@@ -16,7 +16,7 @@ again when its prefix is whole.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -147,16 +147,18 @@ class PrefillEngine:
         self._live_max = sequences_max + waiting_max
         self.step_tokens_max = step_tokens_max
         self._attention_tokens = attention_tokens(model)
-        self.forget_speed()
+        self.set_speed(())
         self._live: dict[str, Run] = {}  # in order of arrival
         self._ended: list[SequenceStep] = []
         self._arrivals = 0
         self._running = 0  # in the last step
         self.blocked = False
 
-    def forget_speed(self) -> None:
-        """As if nothing had been measured."""
+    def set_speed(self, steps: Iterable[tuple[int, float]]) -> None:
+        """As if these steps, of so many tokens from a prompt's start in so many seconds, were all that was measured."""
         self._quota = Quota(self._attention_tokens, self.step_tokens_max)
+        for tokens, seconds in steps:
+            self._quota.measured([(0, tokens)], seconds)
 
     # -- what goes in
 

@@ -1,7 +1,7 @@
 """How fast an engine is, measured before anybody waits for it: the router needs to know what computing costs before it routes to it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from services.worker.engine.types import StepResult
 
 STEP_S = 0.3  # no size is tried that would take longer than a step may
 GROWTH = 4  # from one prompt's length to the next
+TIMES = 4
 ID = "calibration"
 
 
@@ -20,15 +21,15 @@ class Calibrated(Protocol):
 
     def step(self) -> StepResult: ...
 
-    def forget_speed(self) -> None:
-        """As if nothing had been measured."""
+    def set_speed(self, steps: Iterable[tuple[int, float]]) -> None:
+        """As if these steps, of so many tokens from a prompt's start in so many seconds, were all that was measured."""
         ...
 
 
 def calibrate(engine: Calibrated, add: Callable[[int], AbstractContextManager[None]], first: int, longest: int) -> None:
-    """Computes made-up prompts of `first` tokens and up, to `longest`, as long as they take less than `STEP_S`: each twice, because at first
-    kernels are chosen and memory is touched, then all once more, which counts. `add` hands one of so many tokens to the engine, which is idle, its
-    thread not yet running, and takes back what it was given for it."""
+    """Computes made-up prompts of `first` tokens and up, to `longest`, as long as they take less than `STEP_S`. Of each, the quickest of a few counts:
+    at first kernels are chosen and memory is touched, and the machine may be busy with others. `add` hands one of so many tokens to the
+    engine, which is idle, its thread not yet running, and takes back what it was given for it."""
 
     def computed_s(tokens: int) -> float:
         with add(tokens):
@@ -39,16 +40,13 @@ def calibrate(engine: Calibrated, add: Callable[[int], AbstractContextManager[No
                         raise step.error
             return time.perf_counter() - began
 
-    sizes = []
+    steps: list[tuple[int, float]] = []
     size, took_s = min(first, longest), 0.0
     while size <= longest and took_s * GROWTH < STEP_S:
-        computed_s(size)
-        took_s = computed_s(size)
-        sizes.append(size)
+        took_s = min(computed_s(size) for _ in range(TIMES))
+        steps.append((size, took_s))
         size *= GROWTH
-    engine.forget_speed()
-    for size in sizes:
-        computed_s(size)
+    engine.set_speed(steps)
 
 
 def prompt_of(tokens: int, vocab_size: int) -> list[int]:

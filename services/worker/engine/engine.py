@@ -14,6 +14,7 @@ sequence with the same beginning claims them.
 
 import logging
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 import torch
@@ -321,9 +322,11 @@ class Engine:
 
     # -- how it is doing
 
-    def forget_speed(self) -> None:
-        """As if nothing had been measured."""
+    def set_speed(self, steps: Iterable[tuple[int, float]]) -> None:
+        """As if these steps, of so many tokens from a prompt's start in so many seconds, were all that was measured."""
         self._speed = Speed()
+        for tokens, seconds in steps:
+            self._speed.measured(tokens, seconds)
 
     def _measure(self, chunks: list[Chunk], elapsed_s: float) -> None:
         tokens = sum(chunk.end - chunk.start for chunk in chunks)
