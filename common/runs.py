@@ -10,10 +10,8 @@ from collections.abc import Iterable
 import msgspec
 
 STRETCH = 2.0  # how long after it came a run is due, over the time that computing it takes
-CLASS_S, CLASSES_MAX = (
-    0.125,
-    12,
-)  # of due times: the first ends so far from now, each further one twice as far; the last has no end
+# Of due times: the first class ends so far from now, each further one twice as far; the last has no end.
+CLASS_S, CLASSES_MAX = 0.125, 12
 
 
 class QueuedRun(msgspec.Struct, frozen=True):

@@ -103,9 +103,8 @@ def load_model(
     """
     directory = Path(directory)
     place = resolve_device(device)
-    if (
-        place.type == "cuda"
-    ):  # cuDNN's attention takes 0.1 to 0.7 s for every new shape, and a batch has a new one every few steps
+    if place.type == "cuda":
+        # cuDNN's attention takes 0.1 to 0.7 s for every new shape, and a batch has a new one every few steps.
         torch.backends.cuda.enable_cudnn_sdp(False)
     compiled = use_kernels(kernels, place)
     checkpoint = checkpoints.inspect(directory)

@@ -119,6 +119,22 @@ class Pair:
             await over.wait()
         return answer
 
+    async def cancelled(self, request: DecodeRequest, turns: int) -> PenstockError | None:
+        """What a request ends with that is cancelled after so many turns of the event loop."""
+        over: asyncio.Future[PenstockError | None] = asyncio.get_running_loop().create_future()
+
+        def emit(step: RequestStep) -> None:
+            if step.finish is not None:
+                over.set_result(step.error)
+
+        key = self.decoder.start(request, emit)
+        assert key is not None
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        self.decoder.cancel(key)
+        async with asyncio.timeout(DEADLINE_S + 5):
+            return await over
+
     async def ask(self, prompt: Sequence[int], *args: Any, **more: Any) -> Answer:
         return await self.run(await self.request(prompt, *args, **more))
 

@@ -15,7 +15,6 @@ from common.transport.interface import PartStatus
 from services.decode import prefill_client
 from services.prefill.handoff import Handoff
 from services.prefill.runner import _Run
-from services.worker.requests import RequestStep
 from tests.integration.oracle import greedy
 from tests.integration.pair import SERVERS, Answer, Pair, faults, running_pair
 from tests.integration.test_routes import BLOCKS, LENGTH, ROUTES, TOKENS, check, of_block, prompt_of
@@ -243,19 +242,5 @@ async def test_cancelled_at_any_moment_leaves_nothing(order: Order, pair: Pair, 
             request = await pair.request(
                 prompt, ROUTES["split"], order, alternates=[pair.spare.address], tokens=60, ignore_eos=True
             )
-            over = asyncio.Event()
-            last: list[RequestStep] = []
-
-            def emit(step: RequestStep, over: asyncio.Event = over, last: list[RequestStep] = last) -> None:
-                last.append(step)
-                if step.finish is not None:
-                    over.set()
-
-            key = pair.decoder.start(request, emit)
-            assert key is not None
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            pair.decoder.cancel(key)
-            await over.wait()
-            assert isinstance(last[-1].error, Cancelled)
+            assert isinstance(await pair.cancelled(request, turns), Cancelled)
     await pair.check_at_rest()

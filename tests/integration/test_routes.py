@@ -20,7 +20,6 @@ from services.decode import prefill_client
 from services.kvstore.area import StoreArea
 from services.worker import links, loading
 from services.worker.ledger import Ledger
-from services.worker.requests import RequestStep
 from tests.families import VOCAB_SIZE
 from tests.integration.oracle import greedy
 from tests.integration.pair import Answer, Pair, faults, legs, running_pair, tiny_model
@@ -426,21 +425,7 @@ async def test_cancelled_at_any_moment_leaves_nothing(alone: bool, order: Order,
     for turns in (*range(0, 40, 4), *range(40, 400, 40)):
         route, prefill = legs((0, 12, DECODE), (12, 24, PREFILL)), "" if alone else None
         request = await pair.request(prompt, route, order, prefill=prefill, tokens=60, ignore_eos=True)
-        over = asyncio.Event()
-        last: list[RequestStep] = []
-
-        def emit(step: RequestStep, over: asyncio.Event = over, last: list[RequestStep] = last) -> None:
-            last.append(step)
-            if step.finish is not None:
-                over.set()
-
-        key = pair.decoder.start(request, emit)
-        assert key is not None
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        pair.decoder.cancel(key)
-        await over.wait()
-        assert isinstance(last[-1].error, Cancelled)
+        assert isinstance(await pair.cancelled(request, turns), Cancelled)
     await pair.check_at_rest()
 
 

@@ -79,3 +79,11 @@ def test_a_loader_that_has_brought_nothing_is_met_by_quarters() -> None:
     quota = Quota(float("inf"), tokens_max=4096)
     quota.measured([(0, 100)], 0.1)
     assert quota.reach(0, 16, Loader(40, 16, 0.0)) == 10
+
+
+def test_a_loader_that_brings_nothing_more_is_left_nothing() -> None:
+    quota = Quota(float("inf"), tokens_max=4096)
+    for tokens in (50, 100, 150, 200):
+        quota.measured([(0, tokens)], 0.02 + tokens / 1000)
+    assert quota.reach(0, 16, Loader(2, 1, 1000.0)) == 0, "it is there before a step would be over"
+    assert quota.reach(0, 16, Loader(2, 1, 0.1)) >= 2, "what it has brought is long ago"

@@ -1,16 +1,67 @@
-"""What a decode worker knows of its speed before the first request."""
+"""What a worker knows of its speed before the first request."""
 
-from services.decode.worker import calibrated
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from services.decode.settings import DecodeSettings
+from services.decode.worker import DecodeKind
+from services.worker.engine import calibration
+from services.worker.engine.calibration import STEP_S, calibrate
+from services.worker.engine.speed import Speed
+from services.worker.engine.types import StepResult
+from services.worker.stage import Stage
 from tests.worker.conftest import Tiny
-from tests.worker.engine.drive import make_engine
 
 
-def test_a_fresh_engine_knows_its_speed_and_keeps_nothing(llama: Tiny) -> None:
-    engine = make_engine(llama.loaded, pool_blocks=8)
-    free = engine.load.pool_blocks_free
-    assert engine.load.prefill_tokens_per_s == 0
-    calibrated(engine, 100)
+def test_a_fresh_decode_worker_knows_its_speed_and_keeps_nothing(llama: Tiny) -> None:
+    layout = llama.loaded.layout
+    stage = Stage(1, layout.bytes_per_block)
+    settings = DecodeSettings(model="-", pool_bytes=8 * layout.bytes_per_block)
+    engine = DecodeKind(resident=True).engine(settings, llama.loaded, stage, 100)
     load = engine.load
     assert load.prefill_tokens_per_s > 0 and (load.running, load.waiting, load.tokens) == (0, 0, 0)
-    assert load.pool_blocks_free == free and load.pool_blocks_named == 0 and engine.idle
+    assert load.pool_blocks_free == load.pool_blocks_total and load.pool_blocks_named == 0 and engine.idle
     engine.check_integrity()
+
+
+class Clocked:
+    """An engine of a known speed, cold at first and held up now and then, by a clock of its own."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self.now_s = 0.0
+        self.steps: list[tuple[int, float]] = []
+        self._tokens_per_s = tokens_per_s
+        self._times: dict[int, int] = {}
+        self._left = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._left
+
+    @contextmanager
+    def add(self, tokens: int) -> Iterator[None]:
+        self._left = tokens
+        yield
+
+    def step(self) -> StepResult:
+        times = self._times[self._left] = self._times.get(self._left, 0) + 1
+        self.now_s += self._left / self._tokens_per_s + (1.0 if times == 1 else 0.05 if times % 2 else 0.0)
+        self._left = 0
+        return StepResult((), None)  # type: ignore[arg-type]
+
+    def set_speed(self, steps: object) -> None:
+        self.steps = list(steps)  # type: ignore[call-overload]
+
+
+def test_cold_and_disturbed_tries_do_not_count_and_no_size_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Clocked(1000.0)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: engine.now_s)
+    calibrate(engine, engine.add, 16, 10_000)
+    assert [tokens for tokens, _ in engine.steps] == [16, 64, 256]
+    speed = Speed()
+    for tokens, seconds in engine.steps:
+        assert seconds == pytest.approx(tokens / 1000.0) and seconds < STEP_S
+        speed.measured(tokens, seconds)
+    assert speed.tokens_per_s == pytest.approx(1000.0, rel=1e-6)
