@@ -32,15 +32,20 @@ from loadtest.dualpath.said import say
 
 PARTS = ("offline", "online", "one-request", "crossing")
 DEFAULT_PARTS = ("offline", "online")
+FULL_TOPOLOGIES = {"1P1D": PARTS, "1P2D": ("offline",), "2P1D": ("offline",)}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-dualpath", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--topology", default="", help="such as 1P1D,1P2D,2P1D (default: 1P1D; with --full all three)")
+    parser.add_argument("--topology", default="", help="such as 1P1D,1P2D,2P1D (default: 1P1D)")
     parser.add_argument("--modes", default="", help=f"of {','.join(MODES)} (default: all that a part has)")
     for part in PARTS:
-        parser.add_argument(f"--{part}", action="store_true", help=f"measure this part (default: {' and '.join(DEFAULT_PARTS)})")
-    parser.add_argument("--full", action="store_true", help="every part and topology, longer: about an hour")
+        parser.add_argument(
+            f"--{part}", action="store_true", help=f"measure this part (default: {' and '.join(DEFAULT_PARTS)}, 6 minutes)"
+        )
+    parser.add_argument(
+        "--full", action="store_true", help="larger jobs; by default every part of 1P1D, and 1P2D and 2P1D offline: half an hour"
+    )
     parser.add_argument("--data", type=Path, help="folder for the model and the stores (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="where reports go (default: %(default)s)")
     parser.add_argument("--into", type=Path, help="a report's folder to go on with: what is measured there is not measured again")
@@ -53,7 +58,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us in the background, with SIGINT ignored
         signal.signal(number, _interrupted)
     try:
-        topologies = [topology(name) for name in (options.topology or ("1P1D,1P2D,2P1D" if options.full else "1P1D")).split(",")]
+        names = options.topology.split(",") if options.topology else FULL_TOPOLOGIES if options.full else ["1P1D"]
+        topologies = [topology(name) for name in names]
         unknown = [mode for mode in filter(None, options.modes.split(",")) if mode not in MODES]
         if unknown:
             print(f"--modes: no mode {unknown[0]!r}; there are {', '.join(MODES)}", file=sys.stderr)
@@ -86,7 +92,8 @@ def _measure(options: argparse.Namespace, lab: namespaces.Lab, data: Path, folde
     data.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "measured")
     wanted = [mode for mode in options.modes.split(",") if mode]
-    parts = [part for part in PARTS if options.full or getattr(options, part.replace("-", "_"))] or list(DEFAULT_PARTS)
+    default = FULL_TOPOLOGIES.get(str(lab.topology), DEFAULT_PARTS) if options.full else DEFAULT_PARTS
+    parts = [part for part in PARTS if getattr(options, part.replace("-", "_"))] or default
     experiment = Experiment(lab, data.resolve(), folder / "logs", results, FULL if options.full else Size(), options.seed, Slo())
     runs = {
         "offline": (experiment.offline, ABLATION),

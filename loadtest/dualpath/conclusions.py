@@ -12,8 +12,10 @@ from loadtest.dualpath import model
 from loadtest.dualpath.figures import Figures, Slo, dual_bound, figures, one_request_bound_s
 from loadtest.dualpath.jobs import Measured
 from loadtest.dualpath.links import topology
+from loadtest.dualpath.trajectories import PAPER_AGENTS_OVER_BASIC
 
 BASIC, FULL, ORACLE, RECOMPUTE = "basic", "full", "oracle", "recompute"
+RATE_ROUNDING = 0.001  # of rates that were tried
 SINGLE_SOURCES = ("direct", "storage_to_decode", "storage_to_prefill")
 
 
@@ -72,15 +74,27 @@ def _online(here: Sequence[Figures], name: str, slo: Slo) -> dict[str, float]:
     basic, full = best.get(BASIC), best.get(FULL)
     if basic is not None and full is not None:
         out[_key("online_aps_over_basic", name)] = full.step / basic.step
-        if basic.tpot and full.tpot:
-            out[_key("tpot_over_basic", name)] = full.tpot.mean / basic.tpot.mean
+        out |= _tpot_over(basic, full, _key("tpot_over_basic", name))
+        good = attained([one for one in here if one.mode == FULL], slo)
+        least = (1 - RATE_ROUNDING) * PAPER_AGENTS_OVER_BASIC * basic.step
+        asked = min((one for one in good if one.step >= least), key=lambda one: one.step, default=None)
+        if asked is not None:
+            out |= _tpot_over(basic, asked, _key("tpot_over_basic_at_paper_gain", name))
     return out
+
+
+def _tpot_over(basic: Figures, one: Figures, key: str) -> dict[str, float]:
+    return {key: one.tpot.mean / basic.tpot.mean} if basic.tpot and one.tpot else {}
+
+
+def attained(trials: Sequence[Figures], slo: Slo) -> list[Figures]:
+    """Those in which enough requests attained the objective, and none failed."""
+    return [one for one in trials if one.slo_share >= slo.share and not one.failed]
 
 
 def capacity_of(trials: Sequence[Figures], slo: Slo) -> Figures | None:
     """The trial with the highest rate that attained the objective."""
-    good = [one for one in trials if one.slo_share >= slo.share and not one.failed]
-    return max(good, key=lambda one: one.step, default=None)
+    return max(attained(trials, slo), key=lambda one: one.step, default=None)
 
 
 def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:

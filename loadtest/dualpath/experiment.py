@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from loadtest.dualpath import model, trajectories
+from loadtest.dualpath import conclusions, model, trajectories
 from loadtest.dualpath.cluster import Cluster, copy_store
 from loadtest.dualpath.figures import Slo, figures
 from loadtest.dualpath.jobs import Job, Measured
@@ -43,12 +43,14 @@ class Size(msgspec.Struct, frozen=True):
     contexts: int = 10
     turns: int = 3
     online_turns: int = 3
-    online_window_s: float = 40.0
+    online_window_s: float = 30.0
+    online_ratio: float = 1.12  # between rates that are tried
+    online_bisections: int = 0
     long_context_tokens: int = 4096  # of the one-request part
     statistics: Statistics = Statistics()
 
 
-FULL = Size(contexts=16, turns=6, online_turns=4, online_window_s=90.0, long_context_tokens=8192)
+FULL = Size(contexts=16, turns=4, online_window_s=60.0, online_bisections=1, long_context_tokens=8192)
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -106,13 +108,13 @@ class Experiment:
 
     def online(self, modes: Sequence[str]) -> None:
         """Agents come at a rate; the highest rate at which enough requests attain the objective."""
-        per_agent = self._size.online_turns * self._size.statistics.context * model.kv_bytes_per_token(model.shape())
         for mode in modes:
             with self._cluster(mode) as cluster:
                 self._prime(cluster, mode)
-                links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
-                guess = round(0.9 * links * model.STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s / per_agent, 2)
-                found = capacity(functools.partial(self._trial, cluster, mode), guess)
+                found = capacity(
+                    functools.partial(self._trial, cluster, mode), self._guess(mode),
+                    ratio=self._size.online_ratio, bisections=self._size.online_bisections,
+                )  # fmt: skip
                 say(f"online {self._lab.topology} {mode}: {found:.3g} agents/s")
 
     def one_request(self, modes: Sequence[str]) -> None:
@@ -143,6 +145,16 @@ class Experiment:
                 self._lab.shape(Rates(over * made, max(CROSSING_COMPUTE_MIN, COMPUTE_OVER_STORAGE * over) * made))
                 self._prime(cluster, mode, CROSSING_PRIMERS)
                 self._singles(cluster, shortest, "crossing", mode, over)
+
+    def _guess(self, mode: str) -> float:
+        """Agents a second to try first: the paper's gain over `basic` where that was measured, else what the storage links carry."""
+        trials = (figures(one, self._slo) for one in self._results.all() if one.topology == str(self._lab.topology))
+        basic = conclusions.capacity_of([one for one in trials if (one.part, one.mode) == ("online", "basic")], self._slo)
+        if mode != "basic" and basic is not None:
+            return trajectories.PAPER_AGENTS_OVER_BASIC * basic.step
+        links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
+        per_agent = self._size.online_turns * self._size.statistics.context * model.kv_bytes_per_token(model.shape())
+        return links * model.STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s / per_agent
 
     def _trial(self, cluster: Cluster, mode: str, rate: float) -> bool:
         rate = round(rate, 3)

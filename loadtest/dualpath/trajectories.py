@@ -15,6 +15,7 @@ import msgspec
 
 PAPER_CONTEXT_TOKENS, PAPER_APPENDED_TOKENS, PAPER_GENERATED_TOKENS = 32_700, 429, 176
 PAPER_HIT_RATE = 0.987
+PAPER_AGENTS_OVER_BASIC = 1.96  # per second within the objective
 SCALE = 16
 LENGTH_MAX = 4.0  # times its mean
 FIRST_TOKEN_ID = 100  # below are the tokenizer's special ones

@@ -78,6 +78,17 @@ def test_online_ratio_compares_the_highest_rates_within_the_objective() -> None:
     assert (found["online_aps_over_basic"], found["tpot_over_basic"]) == (2.0, 1.0)
 
 
+def test_tpot_is_compared_at_the_least_rate_that_gains_as_much_as_the_papers() -> None:
+    slow, fast = ([sample(0, 1.0, tpot_s), sample(10, 1.0, tpot_s)] for tpot_s in (0.02, 0.01))
+    jobs = [
+        measured("basic", "online", step=0.5, samples=slow), measured("full", "online", step=0.9, samples=slow),
+        measured("full", "online", step=0.98, samples=fast), measured("full", "online", step=1.2, samples=slow),
+    ]  # fmt: skip
+    found = conclusions.ratios(jobs, Slo())
+    assert (found["tpot_over_basic_at_paper_gain"], found["tpot_over_basic"]) == (pytest.approx(0.5), pytest.approx(1.0))
+    assert "tpot_over_basic_at_paper_gain" not in conclusions.ratios(jobs[:2], Slo())
+
+
 def test_one_request_against_the_sum_of_the_rates() -> None:
     # 1,000 tokens are 8.192 MB: 0.8192 s over one 10 MB/s link. Made at 4.096 MB/s; beside its load a request takes 0.1 s.
     ttfts = {"recompute": 2.0, "direct": 0.9192, "split": 0.5096, "split+meet": 0.44}
@@ -98,18 +109,19 @@ def test_crossing_compares_with_the_better_of_the_two() -> None:
     assert conclusions.crossings(jobs[:2]) == []
 
 
+@pytest.mark.parametrize("bisections", [0, 1, 2])
 @pytest.mark.parametrize("truth", [0.3, 0.99, 1.0, 1.1, 3.7])
-def test_capacity_is_found_within_a_quarter_of_a_step(truth: float) -> None:
+def test_capacity_is_found_within_what_is_left_of_a_step(truth: float, bisections: int) -> None:
     tried: list[float] = []
 
     def passes(rate: float) -> bool:
         tried.append(rate)
         return rate <= truth
 
-    found = capacity(passes, 1.0)
-    assert found <= truth < found * 1.25**0.25 * (1 + 1e-9)
+    found = capacity(passes, 1.0, ratio=1.25, bisections=bisections)
+    assert found <= truth < found * 1.25**0.5**bisections * (1 + 1e-9)
     assert len(tried) <= TRIALS_MAX
 
 
 def test_no_capacity_is_zero() -> None:
-    assert capacity(lambda rate: False, 1.0) == 0.0
+    assert capacity(lambda rate: False, 1.0, ratio=1.25, bisections=2) == 0.0
