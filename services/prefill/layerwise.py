@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from services.worker.codec import DTYPES
-from services.worker.engine.attention import PagedAttention, Paging, Scoring, attention_over
+from services.worker.engine.attention import PagedAttention, Paging, attention_over
 from services.worker.engine.batch import StepInput
+from services.worker.engine.dense import Scoring
 from services.worker.model import LoadedModel
 from services.worker.stage import Stage
 

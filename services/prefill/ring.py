@@ -25,8 +25,9 @@ from torch import Tensor
 
 from common.errors import Internal
 from services.prefill.layerwise import Gate, stage_tensor
-from services.worker.engine.attention import PagedAttention, Paging, Scoring, attention_over
+from services.worker.engine.attention import PagedAttention, Paging, attention_over
 from services.worker.engine.batch import StepInput
+from services.worker.engine.dense import Scoring
 from services.worker.model import LoadedModel
 from services.worker.stage import Stage
 

@@ -78,6 +78,8 @@ class Rig:
 
 @pytest.fixture(params=[InPlace, partial(Ring, layers_per_group=1), Ring], ids=["in place", "ring of layers", "ring of groups"])
 def rig(llama: Tiny, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    if request.param is InPlace and llama.loaded.device.type != "cpu":
+        pytest.skip("the stage is in host memory")
     rig = Rig(llama, request.param)
     yield rig
     rig.stage.check_integrity()

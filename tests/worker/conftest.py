@@ -23,6 +23,7 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 BLOCK_TOKENS = 16
+DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")  # of the engines; the oracle stays on the CPU
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Tiny:
     @cached_property
     def torch_only(self) -> LoadedModel:
         """The same without kernels."""
-        return load_model(self.directory, device="cpu", block_tokens=BLOCK_TOKENS, kernels="off")
+        return load_model(self.directory, device=DEVICE, block_tokens=BLOCK_TOKENS, kernels="off")
 
     def generate(self, prompt: list[int], max_tokens: int) -> tuple[list[int], torch.Tensor]:
         key = (tuple(prompt), max_tokens)
@@ -60,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     def get(family: str) -> Tiny:
         if family not in made:
             directory = save_tiny(family, tmp_path_factory.mktemp(family), seed=1)
-            loaded = load_model(directory, device="cpu", block_tokens=BLOCK_TOKENS)
+            loaded = load_model(directory, device=DEVICE, block_tokens=BLOCK_TOKENS)
             made[family] = Tiny(family, directory, loaded, load_oracle(directory))
         return made[family]
 

@@ -5,37 +5,21 @@ function is registered under that name, so models build no masks. A forward pass
 object down to every layer as a keyword argument; there the layer's keys and values are written to the
 pool, then each row attends to the keys of its own sequence.
 
-`TorchAttention` is the device-neutral way to do that: gather the pages, then `scaled_dot_product_attention`.
+`TorchAttention` is the device-neutral way to do that: gather the pages, then attend to what lies together (dense.py).
 `KernelAttention` calls the compiled kernels, which read the pages in place.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from services.worker.engine.batch import StepInput
+from services.worker.engine.dense import Scoring, attention, causal_mask, spread_attention
 
 NAME = "penstock"
-
-
-class Scoring(NamedTuple):
-    """How a layer weighs the keys that a query sees.
-
-    Attributes:
-        scale: of the scores.
-        window: how many keys a query sees at most, its own included; None: all up to its own.
-        softcap: scores are squeezed into [-softcap, softcap]; None: they aren't.
-        sinks: `[q_heads]`, one extra logit each that takes weight and gives no value; None: there are none.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 class Paging(Protocol):
@@ -163,14 +147,17 @@ class TorchAttention:
     ) -> Tensor:
         window = scoring.window
         tables = step.tables[: step.decodes]
-        key, value = (pages[tables].flatten(1, 2).transpose(1, 2) for pages in (keys, values))
+        key, value = (pages[tables].flatten(1, 2) for pages in (keys, values))
         mask = self._masks.get((-1, window))
         if mask is None:
-            index = torch.arange(key.shape[2], device=key.device)[None, :]
+            index = torch.arange(key.shape[1], device=key.device)[None, :]
             lengths = step.context_lens[:, None]
             mask = index < lengths if window is None else (index < lengths) & (index >= lengths - window)
-            mask = self._masks[-1, window] = mask[:, None, None, :]
-        out = attention(query.transpose(0, 1)[:, :, None], key, value, mask, scoring)
+            self._masks[-1, window] = mask
+        queries = query.transpose(0, 1)
+        if query.is_cuda:
+            return spread_attention(queries, key, value, mask, scoring)
+        out = attention(queries[:, :, None], key.transpose(1, 2), value.transpose(1, 2), mask[:, None, None, :], scoring)
         return out[:, :, 0]
 
     def _prefill(
@@ -201,38 +188,3 @@ class TorchAttention:
             if mask is None:
                 mask = self._masks[index, windowed] = causal_mask(start, end, windowed, key.device)
         return attention(query, key, value, mask, scoring)[0].transpose(0, 1)
-
-
-def causal_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys `[0, end)` each query at `[start, end)` sees: `[queries, keys]` bool."""
-    query = torch.arange(start, end, device=device)[:, None]
-    key = torch.arange(end, device=device)[None, :]
-    return key <= query if window is None else (key <= query) & (key > query - window)
-
-
-def attention(
-    query: Tensor,  # [batch, q_heads, queries, head_dim]
-    key: Tensor,  # [batch, kv_heads, keys, head_dim]
-    value: Tensor,
-    mask: Tensor | None,  # of the keys that are seen, broadcastable to [batch, heads, queries, keys]; None is causal
-    scoring: Scoring,
-) -> Tensor:
-    scale, _, softcap, sinks = scoring
-    if softcap is None and sinks is None:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-    assert mask is not None
-    batch, q_heads, queries, head_dim = query.shape
-    kv_heads = key.shape[1]
-    grouped_query = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = (grouped_query @ key.transpose(-1, -2)).view(batch, q_heads, queries, -1).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        extra = sinks.float().view(1, -1, 1, 1).expand(batch, -1, queries, 1)
-        weights = torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        weights = scores.softmax(dim=-1)
-    out = weights.to(value.dtype).view(batch, kv_heads, -1, weights.shape[-1]) @ value
-    return out.view(batch, q_heads, queries, head_dim)
