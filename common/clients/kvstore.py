@@ -1,9 +1,11 @@
 """A kvstore as its clients see it: protobuf and gRPC on the inside, the domain's types outside.
 
 Every call has a deadline and raises errors of `common.errors`. Bytes don't pass here: they move on
-the byte plane, to the endpoint and under the token that `lookup` and `reserve` return.
+the byte plane, to the endpoint and under the token that `lookup` and `reserve` return. Lookups at a store on this host
+go over its unix socket (kvstore_near.py), but for the first, which tells of it; where that fails, over gRPC.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import cast
 
@@ -11,6 +13,7 @@ import msgspec
 
 from common import rpc
 from common.blocks import Namespace
+from common.clients.kvstore_near import NearStore
 from common.errors import Internal
 from common.pb import kvstore_pb2 as pb
 from common.pb import kvstore_pb2_grpc
@@ -82,25 +85,46 @@ class KvStoreClient:
         self._deadline_s = deadline_s
         self._channel = rpc.channel(address)
         self._stub = kvstore_pb2_grpc.KvStoreStub(self._channel)
+        self._near = NearStore()
+
+    @property
+    def near(self) -> bool:
+        """Whether lookups go over the store's unix socket by now."""
+        return self._near.connected
 
     async def lookup(
         self, namespace: Namespace, keys: Sequence[bytes], lease_s: float, *, deadline_s: float | None = None
     ) -> StoredPrefix | None:
         """The longest stored prefix of a chain, leased; None when not even its first block is stored."""
-        request = pb.LookupRequest(namespace=namespace, keys=keys, lease_ms=_ms(lease_s), lease=True)
-        pending = self._stub.Lookup(request, timeout=deadline_s or self._deadline_s)
+        return await self._look_up(namespace, keys, _ms(lease_s), deadline_s or self._deadline_s)
+
+    async def count(self, namespace: Namespace, keys: Sequence[bytes], *, deadline_s: float | None = None) -> int:
+        """How many leading blocks of a chain are stored, without a lease."""
+        prefix = await self._look_up(namespace, keys, 0, deadline_s or self._deadline_s)
+        return prefix.blocks if prefix is not None else 0
+
+    async def _look_up(
+        self, namespace: Namespace, keys: Sequence[bytes], lease_ms: int, deadline_s: float
+    ) -> StoredPrefix | None:
+        """`lease_ms` 0: only count; the token is empty then."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + deadline_s
+        near = await self._near.look_up(namespace, keys, lease_ms, deadline_s=deadline_s)
+        if near is not None:
+            token = near.token if lease_ms else LeaseToken(b"")
+            found = StoredPrefix(near.blocks, token, near.ttl_ms / 1000, self._near.endpoint, near.epoch)
+            return found if near.blocks else None
+        request = pb.LookupRequest(namespace=namespace, keys=keys, lease_ms=lease_ms, lease=lease_ms > 0)
+        pending = self._stub.Lookup(request, timeout=max(0.0, deadline - clock()))
         reply = cast(pb.LookupReply, await rpc.call(pending, self.address))
+        endpoint = _endpoint(reply.endpoint)
+        self._near.learn(endpoint, reply.epoch)
         if not reply.blocks:
             return None
         if reply.blocks > len(keys):
             raise Internal(f"kvstore {self.address} found {reply.blocks} of {len(keys)} blocks")
-        return StoredPrefix(reply.blocks, lease_token(reply.token), reply.ttl_ms / 1000, _endpoint(reply.endpoint), reply.epoch)
-
-    async def count(self, namespace: Namespace, keys: Sequence[bytes], *, deadline_s: float | None = None) -> int:
-        """How many leading blocks of a chain are stored, without a lease."""
-        request = pb.LookupRequest(namespace=namespace, keys=keys)
-        pending = self._stub.Lookup(request, timeout=deadline_s or self._deadline_s)
-        return cast(pb.LookupReply, await rpc.call(pending, self.address)).blocks
+        token = lease_token(reply.token) if lease_ms else LeaseToken(b"")
+        return StoredPrefix(reply.blocks, token, reply.ttl_ms / 1000, endpoint, reply.epoch)
 
     async def reserve(
         self,
@@ -139,6 +163,7 @@ class KvStoreClient:
         return store_info(cast(pb.StoreInfo, await rpc.call(pending, self.address)))
 
     async def close(self) -> None:
+        await self._near.close()
         await self._channel.close()
 
 

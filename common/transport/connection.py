@@ -23,6 +23,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from common.errors import TransferFailed
 from common.transport.budget import Budget
@@ -32,7 +33,9 @@ from common.transport.frames import (
     DEADLINE_MS_MAX,
     Cancel,
     Extents,
+    FoundPrefix,
     Goodbye,
+    Lookup,
     Mode,
     Offers,
     Op,
@@ -50,6 +53,7 @@ from common.transport.region import Region
 from common.transport.streams import Bytes, ByteStream, discard, next_event
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 SETTLE_S = 1.0
 BODY_S = 10.0
 
@@ -68,6 +72,7 @@ class Connection:
         self._budget = Budget(welcome.requests_max, welcome.bytes_max)
         self._pending: dict[int, Pending] = {}
         self._locating: dict[int, asyncio.Future[Located]] = {}
+        self._looking: dict[int, asyncio.Future[FoundPrefix]] = {}
         self._numbers = 0
         self._checking = asyncio.Lock()
         self._outbox: deque[tuple[list[Bytes], Pending | None]] = deque()
@@ -97,20 +102,15 @@ class Connection:
     async def locate(self, token: LeaseToken, parts: Sequence[Part], *, deadline_s: float) -> Located:
         """Where parts lie, if the peer offers EXTENTS. Raises `TransferFailed`, `TimeoutError`. Close the result."""
         assert self.offers & Offers.EXTENTS
-        if self._ended:
-            raise TransferFailed(self._ended)
-        self._numbers += 1
-        number = self._numbers
-        located = self._locating[number] = asyncio.get_running_loop().create_future()
         none = (0,) * len(parts)
-        deadline_ms = max(1, min(int(1000 * deadline_s), DEADLINE_MS_MAX))
-        self._post([encode(Transfer(Op.LOCATE, number, token, deadline_ms, tuple(parts), none, none))], None)
-        try:
-            async with asyncio.timeout(deadline_s):
-                answer: Located = await located
-                return answer
-        finally:
-            self._locating.pop(number, None)
+        question = Transfer(Op.LOCATE, self._number(), token, _deadline_ms(deadline_s), tuple(parts), none, none)
+        return await self._ask(question, self._locating, deadline_s)
+
+    async def lookup(self, namespace: bytes, keys: Sequence[bytes], lease_ms: int, *, deadline_s: float) -> FoundPrefix:
+        """A stored prefix, if the peer offers LOOKUPS. Raises `TransferFailed`, `TimeoutError`: a lease may be out then, to its end."""
+        assert self.offers & Offers.LOOKUPS
+        question = Lookup(self._number(), _deadline_ms(deadline_s), namespace, lease_ms, tuple(keys))
+        return await self._ask(question, self._looking, deadline_s)
 
     async def close(self) -> None:
         """Ends the connection; requests in flight end as FAILED. Idempotent."""
@@ -125,6 +125,23 @@ class Connection:
         return f"Connection({self.carrier}, {self._ended or 'open'}, in_flight={sorted(self._pending)}, {self._budget})"
 
     # Requests
+
+    async def _ask(self, question: Transfer | Lookup, asked: dict[int, asyncio.Future[T]], deadline_s: float) -> T:
+        """The answer to what moves no bytes."""
+        if self._ended:
+            raise TransferFailed(self._ended)
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        asked[question.request] = answer
+        self._post([encode(question)], None)
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await answer
+        finally:
+            asked.pop(question.request, None)
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
 
     async def _transfer(
         self, op: Op, token: LeaseToken, parts: Sequence[Part], spans: Sequence[Span], deadline_s: float
@@ -191,14 +208,13 @@ class Connection:
         if self._ended:
             self._budget.release(size)
             raise TransferFailed(self._ended)
-        self._numbers += 1
         offsets = [span.offset for span in spans] if self._mode is Mode.REGION else [0] * len(parts)
-        left_ms = int(1000 * (deadline - asyncio.get_running_loop().time()))
+        left_s = deadline - asyncio.get_running_loop().time()
         event = Transfer(
             op=op,
-            request=self._numbers,
+            request=self._number(),
             token=token,
-            deadline_ms=max(1, min(left_ms, DEADLINE_MS_MAX)),
+            deadline_ms=_deadline_ms(left_s),
             parts=tuple(parts),
             checksums=tuple(checksums),
             spans=tuple(offsets),
@@ -267,9 +283,10 @@ class Connection:
             await self._stream.close()
             for pending in list(self._pending.values()):
                 self._settle(pending)
-            for located in self._locating.values():
-                if not located.done():
-                    located.set_exception(TransferFailed(self._ended))
+            asked: list[asyncio.Future[Any]] = [*self._locating.values(), *self._looking.values()]
+            for answer in asked:
+                if not answer.done():
+                    answer.set_exception(TransferFailed(self._ended))
 
     async def _hear_out(self) -> None:
         """Mode REGION: waits for the server's end-of-stream; without it, our memory stays held for good."""
@@ -307,6 +324,8 @@ class Connection:
                     await self._receive_reply(event)
                 case Extents():
                     self._receive_extents(event)
+                case FoundPrefix():
+                    self._receive_found(event)
                 case Goodbye(reason, text):
                     self._end(f"the peer said goodbye: {reason.name}: {text}")
             await asyncio.sleep(0)
@@ -318,6 +337,11 @@ class Connection:
             answer.close()  # nobody waits any more
         else:
             located.set_result(answer)
+
+    def _receive_found(self, event: FoundPrefix) -> None:
+        found = self._looking.pop(event.request, None)
+        if found is not None and not found.done():  # else nobody waits any more: a lease ends by itself
+            found.set_result(event)
 
     async def _receive_reply(self, reply: Reply) -> None:
         pending = self._pending.get(reply.request)
@@ -339,3 +363,7 @@ class Connection:
             return PartStatus.OK if await crc32c_in_turns(view) == checksum else PartStatus.CORRUPT
         except ValueError:  # taken back while it was checked
             return PartStatus.FAILED
+
+
+def _deadline_ms(seconds: float) -> int:
+    return max(1, min(int(1000 * seconds), DEADLINE_MS_MAX))

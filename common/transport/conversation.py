@@ -10,7 +10,8 @@ Life cycle: NEW --HELLO or WELCOME--> OPEN --GOODBYE--> CLOSING. An op that NEXT
 
 from enum import Enum
 
-from common.transport.frames import HEADER_BYTES, Event, Header, Op, ProtocolError, decode_body, decode_header
+from common.transport.decoding import Header, decode_body, decode_header
+from common.transport.frames import HEADER_BYTES, Event, Op, ProtocolError
 
 
 class Role(Enum):
@@ -29,13 +30,19 @@ class State(Enum):
 NEXT: dict[Role, dict[State, dict[Op, State]]] = {
     Role.SERVER: {
         State.NEW: {Op.HELLO: State.OPEN},
-        State.OPEN: {Op.READ: State.OPEN, Op.WRITE: State.OPEN, Op.LOCATE: State.OPEN, Op.CANCEL: State.OPEN},
+        State.OPEN: {
+            Op.READ: State.OPEN,
+            Op.WRITE: State.OPEN,
+            Op.LOCATE: State.OPEN,
+            Op.LOOKUP: State.OPEN,
+            Op.CANCEL: State.OPEN,
+        },
         State.CLOSING: {},  # a draining server answers requests as failed and stays OPEN
     },
     Role.CLIENT: {
         State.NEW: {Op.WELCOME: State.OPEN, Op.GOODBYE: State.CLOSING},
-        State.OPEN: {Op.REPLY: State.OPEN, Op.EXTENTS: State.OPEN, Op.GOODBYE: State.CLOSING},
-        State.CLOSING: {Op.REPLY: State.CLOSING, Op.EXTENTS: State.CLOSING},
+        State.OPEN: {Op.REPLY: State.OPEN, Op.EXTENTS: State.OPEN, Op.FOUND: State.OPEN, Op.GOODBYE: State.CLOSING},
+        State.CLOSING: {Op.REPLY: State.CLOSING, Op.EXTENTS: State.CLOSING, Op.FOUND: State.CLOSING},
     },
 }
 

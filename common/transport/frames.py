@@ -1,4 +1,4 @@
-"""The byte plane's frames: bytes in, typed events out, no I/O.
+"""The byte plane's frames: what they say, and how an event becomes bytes. `decoding.py` is the way back. No I/O.
 
 A frame is a fixed header, a body that the header sizes, and a payload that only inline carriers
 (tcp, grpc) have. All integers are little-endian.
@@ -15,6 +15,8 @@ A frame is a fixed header, a body that the header sizes, and a payload that only
     REPLY    body      count × (status u8, zero 3s, crc32c u32)       payload: of a READ, the OK parts' bytes
     CANCEL   body      empty                                          the request is still replied to
     GOODBYE  body      reason u32 | UTF-8 text                        nothing more will be answered
+    LOOKUP   body      namespace 32s | lease_ms u32 | zero u32 | count × key 32s
+    FOUND    body      status u8 | zero 3s | blocks u32 | ttl_ms u32 | zero u32 | token 16s | epoch 16s
 
     part (32 bytes)    item u32 | crc32c u32 | offset u64 | length u64 | span u64
 
@@ -25,13 +27,13 @@ sends the bytes. Every length is bounded before anything is allocated; whatever 
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
 import msgspec
 
 from common.errors import PenstockError
-from common.transport.interface import EXTENT_FILES_MAX, PARTS_MAX, TOKEN_BYTES, LeaseToken, Part, PartStatus
+from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus
 from common.transport.memory import crc32c
 
 MAGIC = b"PSBP"
@@ -41,16 +43,18 @@ DEADLINE_MS_MAX = 3_600_000
 EPOCH_BYTES = 16
 TEXT_BYTES_MAX = 512
 
-_COVERED = struct.Struct("<4sBBHQIIQI")
-_CRC = struct.Struct("<I")
-_HELLO = struct.Struct("<IIQ")
-_WELCOME = struct.Struct("<16sIIQ")
-_PART = struct.Struct("<IIQQQ")
-_RESULT = struct.Struct("<B3sI")
-_EXTENT = struct.Struct("<B3sIIIQ")
-_REASON = struct.Struct("<I")
-HEADER_BYTES = _COVERED.size + _CRC.size
-BODY_BYTES_MAX = TOKEN_BYTES + PARTS_MAX * _PART.size
+COVERED_LAYOUT = struct.Struct("<4sBBHQIIQI")
+CRC_LAYOUT = struct.Struct("<I")
+HELLO_LAYOUT = struct.Struct("<IIQ")
+WELCOME_LAYOUT = struct.Struct("<16sIIQ")
+PART_LAYOUT = struct.Struct("<IIQQQ")
+RESULT_LAYOUT = struct.Struct("<B3sI")
+EXTENT_LAYOUT = struct.Struct("<B3sIIIQ")
+REASON_LAYOUT = struct.Struct("<I")
+LOOKUP_LAYOUT = struct.Struct("<32sII")
+FOUND_LAYOUT = struct.Struct("<B3sIII16s16s")
+HEADER_BYTES = COVERED_LAYOUT.size + CRC_LAYOUT.size
+NO_TOKEN = LeaseToken(bytes(TOKEN_BYTES))
 
 
 class ProtocolError(PenstockError):
@@ -67,6 +71,8 @@ class Op(IntEnum):
     GOODBYE = 7
     LOCATE = 8
     EXTENTS = 9
+    LOOKUP = 10
+    FOUND = 11
 
 
 class Offers(IntFlag):
@@ -74,6 +80,7 @@ class Offers(IntFlag):
 
     NOTHING = 0
     EXTENTS = 1  # LOCATE
+    LOOKUPS = 2  # LOOKUP
 
 
 class Mode(IntEnum):
@@ -132,6 +139,27 @@ class Reply(msgspec.Struct, frozen=True):
     payload_bytes: int = 0
 
 
+class Lookup(msgspec.Struct, frozen=True):
+    """How long a prefix of this chain is stored? `lease_ms`: lease it for as long; 0: only count."""
+
+    request: int
+    deadline_ms: int
+    namespace: bytes
+    lease_ms: int
+    keys: tuple[bytes, ...]
+
+
+class FoundPrefix(msgspec.Struct, frozen=True):
+    """The answer to a LOOKUP; what isn't OK found nothing. `token`: of the lease, zeros where none was granted."""
+
+    request: int
+    status: PartStatus
+    blocks: int = 0
+    ttl_ms: int = 0
+    token: LeaseToken = NO_TOKEN
+    epoch: bytes = bytes(EPOCH_BYTES)
+
+
 class Extents(msgspec.Struct, frozen=True):
     """The answer to a LOCATE: per part its status and, if that is OK, checksum, number of its file, and offset there."""
 
@@ -151,164 +179,41 @@ class Goodbye(msgspec.Struct, frozen=True):
     text: str
 
 
-Event = Hello | Welcome | Transfer | Extents | Reply | Cancel | Goodbye
-
-
-class Header(msgspec.Struct, frozen=True):
-    op: Op
-    count: int
-    request: int
-    deadline_ms: int
-    body_bytes: int
-    payload_bytes: int
-    raw: bytes
+Event = Hello | Welcome | Transfer | Lookup | FoundPrefix | Extents | Reply | Cancel | Goodbye
 
 
 def encode(event: Event) -> bytes:
     """Header and body of a frame; its `payload_bytes` of payload must follow."""
     match event:
         case Hello(mode, region_bytes):
-            return _frame(Op.HELLO, _HELLO.pack(mode, 0, region_bytes))
+            return _frame(Op.HELLO, HELLO_LAYOUT.pack(mode, 0, region_bytes))
         case Welcome(epoch, requests_max, bytes_max, offers):
-            return _frame(Op.WELCOME, _WELCOME.pack(epoch, requests_max, offers, bytes_max))
+            return _frame(Op.WELCOME, WELCOME_LAYOUT.pack(epoch, requests_max, offers, bytes_max))
         case Transfer(op, request, token, deadline_ms, parts, checksums, spans, payload_bytes):
             return _frame(op, token + _pack_parts(parts, checksums, spans), len(parts), request, deadline_ms, payload_bytes)
         case Reply(request, statuses, checksums, payload_bytes):
-            body = b"".join(_RESULT.pack(s, b"\0\0\0", c) for s, c in zip(statuses, checksums, strict=True))
+            body = b"".join(RESULT_LAYOUT.pack(s, b"\0\0\0", c) for s, c in zip(statuses, checksums, strict=True))
             return _frame(Op.REPLY, body, len(statuses), request, payload_bytes=payload_bytes)
         case Extents(request, statuses, checksums, files, offsets):
             rows = zip(statuses, checksums, files, offsets, strict=True)
-            body = b"".join(_EXTENT.pack(s, b"\0\0\0", c, file, 0, offset) for s, c, file, offset in rows)
+            body = b"".join(EXTENT_LAYOUT.pack(s, b"\0\0\0", c, file, 0, offset) for s, c, file, offset in rows)
             return _frame(Op.EXTENTS, body, len(statuses), request)
+        case Lookup(request, deadline_ms, namespace, lease_ms, keys):
+            body = b"".join((LOOKUP_LAYOUT.pack(namespace, lease_ms, 0), *keys))
+            return _frame(Op.LOOKUP, body, len(keys), request, deadline_ms)
+        case FoundPrefix(request, status, blocks, ttl_ms, token, epoch):
+            return _frame(Op.FOUND, FOUND_LAYOUT.pack(status, b"\0\0\0", blocks, ttl_ms, 0, token, epoch), request=request)
         case Cancel(request):
             return _frame(Op.CANCEL, b"", request=request)
         case Goodbye(reason, text):
-            return _frame(Op.GOODBYE, _REASON.pack(reason) + text.encode()[:TEXT_BYTES_MAX])
+            return _frame(Op.GOODBYE, REASON_LAYOUT.pack(reason) + text.encode()[:TEXT_BYTES_MAX])
 
 
 def _pack_parts(parts: Sequence[Part], checksums: Sequence[int], spans: Sequence[int]) -> bytes:
     rows = zip(parts, checksums, spans, strict=True)
-    return b"".join(_PART.pack(part.item, crc, part.offset, part.length, span) for part, crc, span in rows)
+    return b"".join(PART_LAYOUT.pack(part.item, crc, part.offset, part.length, span) for part, crc, span in rows)
 
 
 def _frame(op: Op, body: bytes, count: int = 0, request: int = 0, deadline_ms: int = 0, payload_bytes: int = 0) -> bytes:
-    head = _COVERED.pack(MAGIC, VERSION, op, count, request, deadline_ms, len(body), payload_bytes, 0)
-    return head + _CRC.pack(crc32c(head + body)) + body
-
-
-def decode_header(raw: bytes) -> Header:
-    """Checks everything about a header that doesn't need the body."""
-    magic, version, op, count, request, deadline_ms, body_bytes, payload_bytes, zero = _COVERED.unpack_from(raw)
-    if magic != MAGIC:
-        raise ProtocolError(f"magic {magic!r}: expected {MAGIC!r}")
-    if version != VERSION:
-        raise ProtocolError(f"version {version}: expected {VERSION}")
-    if op not in _BODY_BYTES:
-        raise ProtocolError(f"op {op}: expected {min(Op)} to {max(Op)}")
-    _at_most("count", count, PARTS_MAX)
-    _at_most("deadline_ms", deadline_ms, DEADLINE_MS_MAX)
-    _at_most("payload_bytes", payload_bytes, REQUEST_BYTES_MAX)
-    low, high = _BODY_BYTES[Op(op)](count)
-    if zero or not low <= body_bytes <= high:
-        raise ProtocolError(f"body_bytes {body_bytes} of {Op(op).name} with count {count}: expected {low} to {high}")
-    return Header(Op(op), count, request, deadline_ms, body_bytes, payload_bytes, raw)
-
-
-def decode_body(header: Header, body: bytes) -> Event:
-    """The event of a complete frame, every field within its bounds."""
-    (crc,) = _CRC.unpack_from(header.raw, _COVERED.size)
-    actual = crc32c(header.raw[: _COVERED.size] + body)
-    if actual != crc:
-        raise ProtocolError(f"{header.op.name} says crc32c {crc:#010x} of header and body: expected {actual:#010x}")
-    if header.payload_bytes and header.op not in (Op.WRITE, Op.REPLY):
-        raise ProtocolError(f"{header.op.name} with {header.payload_bytes} payload bytes: expected none")
-    match header.op:
-        case Op.HELLO:
-            mode, zero, region_bytes = _HELLO.unpack(body)
-            if mode not in (Mode.INLINE, Mode.REGION) or zero:
-                raise ProtocolError(f"mode {mode}: expected {Mode.INLINE} or {Mode.REGION}")
-            return Hello(Mode(mode), region_bytes)
-        case Op.WELCOME:
-            epoch, requests_max, offers, bytes_max = _WELCOME.unpack(body)
-            if not requests_max or bytes_max < REQUEST_BYTES_MAX:
-                raise ProtocolError(f"limits {requests_max}, {bytes_max}: expected at least 1 and {REQUEST_BYTES_MAX}")
-            return Welcome(epoch, requests_max, bytes_max, Offers(offers & Offers.EXTENTS))
-        case Op.READ | Op.WRITE | Op.LOCATE:
-            return _decode_transfer(header, body)
-        case Op.EXTENTS:
-            return _decode_extents(header, body)
-        case Op.REPLY:
-            return _decode_reply(header, body)
-        case Op.CANCEL:
-            return Cancel(header.request)
-        case Op.GOODBYE:
-            (reason,) = _REASON.unpack_from(body)
-            if reason not in (Reason.DRAINING, Reason.FULL, Reason.MALFORMED):
-                raise ProtocolError(f"reason {reason}: expected {min(Reason)} to {max(Reason)}")
-            return Goodbye(Reason(reason), body[_REASON.size :].decode(errors="replace"))
-
-
-def _decode_transfer(header: Header, body: bytes) -> Transfer:
-    rows = list(_PART.iter_unpack(memoryview(body)[TOKEN_BYTES:]))
-    parts = tuple(Part(item, offset, length) for item, _, offset, length, _ in rows)
-    total = sum(part.length for part in parts)
-    if not parts or not all(part.length for part in parts):
-        raise ProtocolError(f"{header.op.name} of {len(parts)} parts, {total} bytes: expected parts, each of at least one byte")
-    _at_most("bytes of a request", total if header.op is not Op.LOCATE else 0, REQUEST_BYTES_MAX)  # a LOCATE moves none
-    if header.payload_bytes not in (0, total):
-        raise ProtocolError(f"payload_bytes {header.payload_bytes}: expected the parts' {total}, or 0")
-    return Transfer(
-        op=header.op,
-        request=header.request,
-        token=LeaseToken(body[:TOKEN_BYTES]),
-        deadline_ms=header.deadline_ms,
-        parts=parts,
-        checksums=tuple(row[1] for row in rows),
-        spans=tuple(row[4] for row in rows),
-        payload_bytes=header.payload_bytes,
-    )
-
-
-def _decode_extents(header: Header, body: bytes) -> Extents:
-    rows = list(_EXTENT.iter_unpack(body))
-    for row in rows:
-        _at_most("file", row[3], EXTENT_FILES_MAX - 1)
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 6
-    return Extents(header.request, _statuses(columns[0]), columns[2], columns[3], columns[5])
-
-
-def _statuses(numbers: Sequence[int]) -> tuple[PartStatus, ...]:
-    try:
-        return tuple(map(PartStatus, numbers))
-    except ValueError as error:
-        raise ProtocolError(f"part status: {error}") from error
-
-
-def _decode_reply(header: Header, body: bytes) -> Reply:
-    rows = list(_RESULT.iter_unpack(body))
-    return Reply(
-        header.request, _statuses([status for status, _, _ in rows]), tuple(crc for _, _, crc in rows), header.payload_bytes
-    )
-
-
-def _at_most(name: str, value: int, limit: int) -> None:
-    if value > limit:
-        raise ProtocolError(f"{name} {value}: expected at most {limit}")
-
-
-def _table(count: int) -> tuple[int, int]:
-    return (TOKEN_BYTES + count * _PART.size,) * 2
-
-
-# The least and the most bytes of a body, given the header's count.
-_BODY_BYTES: dict[Op, Callable[[int], tuple[int, int]]] = {
-    Op.HELLO: lambda count: (_HELLO.size, _HELLO.size),
-    Op.WELCOME: lambda count: (_WELCOME.size, _WELCOME.size),
-    Op.READ: _table,
-    Op.WRITE: _table,
-    Op.LOCATE: _table,
-    Op.EXTENTS: lambda count: (count * _EXTENT.size,) * 2,
-    Op.REPLY: lambda count: (count * _RESULT.size,) * 2,
-    Op.CANCEL: lambda count: (0, 0),
-    Op.GOODBYE: lambda count: (_REASON.size, _REASON.size + TEXT_BYTES_MAX),
-}
+    head = COVERED_LAYOUT.pack(MAGIC, VERSION, op, count, request, deadline_ms, len(body), payload_bytes, 0)
+    return head + CRC_LAYOUT.pack(crc32c(head + body)) + body

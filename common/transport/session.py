@@ -24,6 +24,7 @@ from common.transport.frames import (
     Event,
     Goodbye,
     Hello,
+    Lookup,
     Mode,
     Offers,
     Op,
@@ -35,6 +36,7 @@ from common.transport.frames import (
     encode,
 )
 from common.transport.interface import ExtentArea, PartStatus
+from common.transport.lookups import LookupArea, found_prefix
 from common.transport.reception import Reception
 from common.transport.region import RemoteRegion
 from common.transport.requests import IncomingWrite, ReadResult, read_area
@@ -56,12 +58,16 @@ class Session:
         listener: Listener | None = None,
         passes_fds: SocketStream | None = None,
     ) -> None:
-        """`passes_fds`: the stream, where descriptors can go along; an area on disk then offers extents."""
+        """`passes_fds`: the stream, where descriptors can go along, so that the client is on this host and runs as our user.
+
+        An area on disk then offers extents, and one that is a store of prefixes offers lookups.
+        """
         limits = reception.limits
         self.ended = asyncio.Event()
         self._stream, self._reception, self._region = stream, reception, region
         self._area, self._limits, self._counters = reception.area, limits, reception.counters
         self._extents = ExtentDesk(reception.area, passes_fds) if passes_fds and isinstance(reception.area, ExtentArea) else None
+        self._lookups = reception.area if passes_fds and isinstance(reception.area, LookupArea) else None
         self._listener = listener or Listener(Role.SERVER)
         self._budget = Budget(limits.requests_max, limits.bytes_max)
         self._sending = asyncio.Lock()
@@ -112,6 +118,7 @@ class Session:
             raise TransferFailed("turned away")
         async with self._sending:
             offers = Offers.EXTENTS if self._extents is not None else Offers.NOTHING
+            offers |= Offers.LOOKUPS if self._lookups is not None else Offers.NOTHING
             welcome = Welcome(self._reception.epoch, self._limits.requests_max, self._limits.bytes_max, offers)
             await self._send([encode(welcome)])
 
@@ -122,6 +129,11 @@ class Session:
                     raise ProtocolError("LOCATE: expected READ, as this server offers no extents here")
                 async with asyncio.timeout(self._limits.stall_s), self._sending:
                     await self._extents.answer(event)
+            case Lookup():
+                if self._lookups is None:
+                    raise ProtocolError("LOOKUP: expected READ or WRITE, as this server offers no lookups here")
+                async with asyncio.timeout(self._limits.stall_s), self._sending:
+                    await self._send([encode(found_prefix(self._lookups, event))])
             case Transfer():
                 deadline = asyncio.get_running_loop().time() + min(event.deadline_ms / 1000, self._limits.deadline_s_max)
                 spans = self._spans(event)

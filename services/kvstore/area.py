@@ -1,8 +1,10 @@
-"""The byte plane's view of the store: leased blocks are read, reserved slots are filled."""
+"""The byte plane's view of the store: prefixes are looked up, leased blocks are read, reserved slots are filled."""
 
 from collections.abc import Sequence
 
+from common.blocks import Namespace
 from common.transport.interface import Extent, LeaseToken, Part, PartStatus
+from common.transport.lookups import Prefix
 from common.transport.memory import Checksums
 from services.kvstore.area_extents import locate
 from services.kvstore.area_reads import ReadResult, Reads
@@ -17,6 +19,13 @@ class StoreArea:
         self._store = store
         self.reads = Reads(store, buffer_bytes=read_buffer_bytes, deadline_s=read_deadline_s)
         self.writes = Writes(store, buffer_bytes=write_buffer_bytes)
+
+    @property
+    def epoch(self) -> bytes:
+        return self._store.epoch
+
+    def lookup(self, namespace: Namespace, keys: Sequence[bytes], lease_s: float) -> Prefix:
+        return self._store.lookup(namespace, keys, lease_s, lease=lease_s > 0)
 
     async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None) -> list[ReadResult]:
         return await self.reads.read(token, parts, into)

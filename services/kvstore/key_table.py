@@ -23,7 +23,7 @@ from services.kvstore.column import NONE, Column, Flags, Slots
 Words = npt.NDArray[np.uint64]  # [key, 4]
 PLACES_PER_SLOT = 1.6  # a key is found in 1.8 steps on average, and its absence in 3.9
 _WORDS = struct.Struct("<4Q")
-FEW_KEYS = 80  # one by one is quicker for what is left
+FEW_KEYS = 24  # one by one is quicker for what is left
 _U32 = 0xFFFF_FFFF
 _LOWER = np.uint64(_U32)
 _HALF = np.uint64(32)

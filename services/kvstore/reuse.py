@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.kvstore.key_table import Words, words
+from services.kvstore.key_table import words
 
 SAMPLES_MAX = 8192
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -34,26 +34,22 @@ class ReuseSample:
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A lookup asks for these blocks."""
-        for tag in self._sampled(words(b"".join(keys))):
-            weight = _RANGE / self._threshold
-            self._asked += weight
-            if tag in self._seen:
-                self._found += weight
-            else:
-                self._add(tag)
+        tags = self._sampled(keys)
+        weight = _RANGE / self._threshold
+        self._asked += len(tags) * weight
+        self._found += len(tags & self._seen) * weight
+        self._add(tags)
 
     def offered(self, keys: Sequence[bytes]) -> None:
         """A writer has these blocks: an unlimited store has them from now on."""
-        for tag in self._sampled(words(b"".join(keys))):
-            self._add(tag)
+        self._add(self._sampled(keys))
 
-    def _sampled(self, keys: Words) -> list[int]:
-        tags = (keys[:, 3] * _MIX) >> np.uint64(32)
-        return [int(tag) for tag in tags[tags < self._threshold]]
+    def _sampled(self, keys: Sequence[bytes]) -> set[int]:
+        tags = (words(b"".join(keys))[:, 3] * _MIX) >> np.uint64(32)
+        return set(tags[tags < self._threshold].tolist())
 
-    def _add(self, tag: int) -> None:
-        if tag < self._threshold:
-            self._seen.add(tag)
+    def _add(self, tags: set[int]) -> None:
+        self._seen |= tags
         while len(self._seen) > self._samples_max:
             self._threshold //= 2
             self._seen = {tag for tag in self._seen if tag < self._threshold}

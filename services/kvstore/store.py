@@ -26,6 +26,7 @@ from common.errors import Overloaded, Unavailable
 from common.logs import Log
 from common.storage import NO_TERMS, Admission, BlockMeta, Terms
 from common.transport.interface import LeaseToken
+from common.transport.lookups import Prefix
 from services.kvstore.checkpoints import Checkpoints
 from services.kvstore.column import NO_SLOTS
 from services.kvstore.disk import open_disks
@@ -53,14 +54,6 @@ EPOCH_BYTES = 16
 WRITE_LATE_S = 15.0  # then the disk is probed; the write is waited for all the same
 EXPIRY_POLL_S = 0.25  # while draining
 _PENDING_WRITES_MAX = 1 << 20  # the window and the reserve bound hold long before
-
-
-class Found(msgspec.Struct, frozen=True):
-    """A stored prefix. `token` is None when no lease was asked for."""
-
-    blocks: int
-    token: LeaseToken | None
-    ttl_s: float
 
 
 class Reserved(msgspec.Struct, frozen=True):
@@ -171,7 +164,7 @@ class Store:
 
     # Reading
 
-    def lookup(self, namespace: Namespace, keys: Sequence[bytes], ttl_s: float | None, *, lease: bool) -> Found:
+    def lookup(self, namespace: Namespace, keys: Sequence[bytes], ttl_s: float | None, *, lease: bool) -> Prefix:
         """The longest stored prefix of a chain, leased if asked for. Raises `Overloaded`, `Unavailable`."""
         self._refuse_while_draining()
         shelf = self.space.shelves.get(namespace)
@@ -181,14 +174,14 @@ class Store:
         self.metrics.lookup_blocks += len(keys)
         self.metrics.hit_blocks += len(slots)
         if shelf is None or not len(slots) or not lease:
-            return Found(len(slots), None, 0.0)
+            return Prefix(len(slots))
         self.leases.check_room()
         index = shelf.index
         index.touch(slots)
         index.pin(int(slots[-1]))
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
-        return Found(len(slots), token, granted_s)
+        return Prefix(len(slots), token, granted_s)
 
     # Writing
 
