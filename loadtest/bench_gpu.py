@@ -43,6 +43,7 @@ BATCHES = ((1, 2_048), (8, 2_048), (32, 2_048), (1, 32_768), (8, 32_768))
 PREFIXES = ((0, 512), (8_192, 512), (32_256, 512), (2_016, 43), (32_256, 43))
 LOADS = (2_048, 32_768)
 STEPS = 48
+STEP_TOKENS = 4_096
 REPEATS = 5
 CHECKED_TOKENS = 64
 
@@ -103,14 +104,17 @@ def check(folder: Path) -> dict[str, Any]:
 def decode(model: LoadedModel) -> dict[str, Any]:
     found = {}
     for rows, context in BATCHES:
-        blocks = -(-(context + STEPS + 8) // model.layout.block_tokens)
-        engine = Engine(model, pool_bytes=rows * blocks * model.layout.bytes_per_block, sequences_max=rows)
+        tokens = STEPS + rows * (context // STEP_TOKENS + 1)  # those that came first go on while the others' prompts are computed
+        blocks = -(-(context + tokens) // model.layout.block_tokens)
+        pool_bytes = rows * blocks * model.layout.bytes_per_block
+        engine = Engine(model, pool_bytes=pool_bytes, sequences_max=rows, step_tokens_max=STEP_TOKENS)
         for row in range(rows):
-            engine.add(NewSequence(str(row), prompt(row, context, model.vocab_size), greedy(STEPS + rows * 64)))
-        while engine.load.queued_tokens:
-            engine.step()
-        engine.step()
+            engine.add(NewSequence(str(row), prompt(row, context, model.vocab_size), greedy(tokens)))
+        begun: set[str] = set()
+        while len(begun) < rows:
+            begun |= {step.id for step in engine.step().sequences if step.tokens}
         took = statistics.median(timed(engine.step) for _ in range(STEPS // 2))
+        assert engine.load.running == rows, engine.load
         kv_bytes = rows * context * model.layout.bytes_per_block // model.layout.block_tokens
         found[f"{rows}x{context}"] = {"ms": took * 1e3, "kv_gb": kv_bytes * 1e-9, "tokens_per_s": rows / took}
         print(f"decode {rows} x {context}: {took * 1e3:.2f} ms", file=sys.stderr, flush=True)

@@ -33,9 +33,10 @@ class ByTheToken(Quota):
 class Rig:
     """An engine, its stage, and what came out."""
 
-    def __init__(self, model: Tiny, way: Callable[[Stage, LoadedModel], Layerwise] = InPlace, **options: int) -> None:
+    def __init__(self, model: Tiny, way: Callable[[Stage, LoadedModel], Layerwise] | None = None, **options: int) -> None:
         self.model = model
         layout = model.loaded.layout
+        way = way or (InPlace if model.loaded.device.type == "cpu" else Ring)
         self.stage = Stage(64, layout.bytes_per_block)
         self.engine = PrefillEngine(
             model.loaded, way(self.stage, model.loaded), context_tokens=1024, **({"step_tokens_max": 64} | options)
