@@ -33,6 +33,7 @@ from services.worker.engine.engine import Engine
 from services.worker.engine.types import LoadedKv, NewSequence
 from services.worker.ledger import Ledger
 from services.worker.model import LoadedModel, load_model
+from services.worker.pinned import pin
 from services.worker.stage import Stage
 
 PARTS = ("check", "decode", "load", "prefill")
@@ -132,6 +133,7 @@ def load(model: LoadedModel) -> dict[str, Any]:
         stage = Stage(blocks, layout.bytes_per_block)
         slots = stage.reserve(blocks)
         engine = Engine(model, pool_bytes=(blocks + 8) * layout.bytes_per_block, sequences_max=1)
+        pin(stage, engine)
         took = []
         for turn in range(REPEATS):
             kv = LoadedKv(tokens, [stage.view(slot) for slot in slots], lambda: None)

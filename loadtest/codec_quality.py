@@ -95,7 +95,7 @@ class Perplexity:
     def _after(self, blocks: Tensor, codec: CodecName, tokens: Tensor) -> Tensor:
         """Logits `[token, vocabulary]` of what follows the context."""
         worker = Codec(StoredLayout(self._layout, codec))
-        back = torch.stack([worker.decode_tensor(worker.encode_tensor(block)) for block in blocks])
+        back = worker.decode_tensor(torch.stack([worker.encode_tensor(block) for block in blocks]))
         layers = back.movedim(0, 2).flatten(2, 3).float().transpose(2, 3)  # [layer, k|v, head, token, dim]
         cache = DynamicCache()
         for number, (keys, values) in enumerate(layers):

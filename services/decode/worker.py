@@ -21,6 +21,7 @@ from services.worker.links import Link
 from services.worker.memory import BESIDE_A_POOL
 from services.worker.model import LoadedModel
 from services.worker.node import Node
+from services.worker.pinned import pin
 from services.worker.settings import WorkerSettings
 from services.worker.stage import Stage
 from services.worker.writeback import Writer
@@ -51,6 +52,8 @@ class DecodeKind:
             waiting_max=settings.waiting_max,
             step_tokens_max=settings.step_tokens_max,
         )
+        if model.device.type == "cuda":
+            pin(stage, engine)
         calibrated(engine, min(settings.step_tokens_max, context_tokens - 1))
         return engine
 

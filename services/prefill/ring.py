@@ -13,7 +13,6 @@ group comes in and the last one leaves while this one is computed. A buffer is w
 it has left.
 """
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +28,7 @@ from services.worker.engine.attention import PagedAttention, Paging, attention_o
 from services.worker.engine.batch import StepInput
 from services.worker.engine.dense import Scoring
 from services.worker.model import LoadedModel
+from services.worker.pinned import pin
 from services.worker.stage import Stage
 
 LAYERS_PER_GROUP = 4
@@ -49,7 +49,7 @@ class Ring:
         self._group = min(layers_per_group, self._layers)
         self._copies = _Copies(model.device)
         if model.device.type == "cuda":
-            weakref.finalize(self, _pin(stage))
+            pin(stage, self)
             self._words = _on_device(self._words, model.device)
         self._buffers: list[Tensor] = []
         self._inner: list[PagedAttention] = []
@@ -231,13 +231,3 @@ class _Mapped:
 
 def _on_device(words: Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(_Mapped(words), device=device)
-
-
-def _pin(stage: Stage) -> Callable[[], None]:
-    """Lets the device reach the stage; the undoing."""
-    memory = torch.frombuffer(stage.memory(), dtype=torch.uint8)
-    address, size = memory.data_ptr(), memory.numel()
-    status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-    if status:
-        raise Internal(f"the stage of {size} bytes can't be pinned: CUDA error {status}")
-    return lambda: torch.cuda.cudart().cudaHostUnregister(address)

@@ -91,11 +91,12 @@ class Codec:
         return encoded.flatten()
 
     def decode_tensor(self, data: Tensor) -> Tensor:
-        """The reverse, in the KV dtype."""
-        layers = self.stored.raw.layers
+        """The reverse, of many: uint8 `[block, bytes_per_block]` to `[block, layer, k|v, token, head, dim]` in the KV dtype."""
+        blocks, layers = data.shape[0], self.stored.raw.layers
         if self.name == "raw":
-            return data.view(self._dtype).view(layers, 2, *self._shape)
-        return codec_reference.decode(data.view(layers, -1), self.name, self._shape, self._dtype)
+            return data.view(self._dtype).view(blocks, layers, 2, *self._shape)
+        decoded = codec_reference.decode(data.view(blocks * layers, -1), self.name, self._shape, self._dtype)
+        return decoded.view(blocks, layers, 2, *self._shape)
 
     def _refuse(self, plane: int | None) -> None:
         if plane is not None:

@@ -21,6 +21,7 @@ from services.worker.engine.allocator import BlockAllocator, blocks_for
 
 # A worker shares its machine with three others and the page cache that serves the SSD.
 MEMORY_SHARE = 1 / 8
+DECODED_AT_ONCE = 32  # blocks that take twice their memory on a device meanwhile
 
 
 class BlockPool:
@@ -39,39 +40,56 @@ class BlockPool:
 
     def load(self, block_ids: Sequence[int], buffers: Sequence[memoryview], tokens: int) -> None:
         """Copies or decodes buffers into blocks; what a partial last one holds past `tokens` is zeroed."""
-        for block, buffer in zip(block_ids, buffers, strict=True):
-            if self._host is None:
-                self._upload(block, buffer)
-            elif self.codec.is_encoded(buffer):
-                self.codec.decode(buffer, memoryview(self._host[block]))
-            else:
-                self._host[block] = np.frombuffer(buffer, dtype=np.uint8)
+        if self._host is None:
+            self._upload(block_ids, buffers)
+        else:
+            self._copy(self._host, block_ids, buffers)
         tail = tokens % self.layout.block_tokens
         if tail:
             self.tensor[block_ids[-1], :, :, tail:] = 0
 
-    def _upload(self, block: int, buffer: memoryview) -> None:
-        """Encoded bytes cross to the device as they are and are decoded there."""
-        there = torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8).copy()).to(self.tensor.device)
-        if self.codec.is_encoded(buffer):
-            self.tensor[block].copy_(self.codec.decode_tensor(there))
-        else:
-            self._records[block].copy_(there)
+    def _copy(self, host: np.ndarray, block_ids: Sequence[int], buffers: Sequence[memoryview]) -> None:
+        for block, buffer in zip(block_ids, buffers, strict=True):
+            if self.codec.is_encoded(buffer):
+                self.codec.decode(buffer, memoryview(host[block]))
+            else:
+                host[block] = np.frombuffer(buffer, dtype=np.uint8)
+
+    def _upload(self, block_ids: Sequence[int], buffers: Sequence[memoryview]) -> None:
+        """Bytes cross to the device as they are; encoded ones are decoded there. Returns when the buffers are no longer needed."""
+        encoded: list[tuple[int, memoryview]] = []
+        for block, buffer in zip(block_ids, buffers, strict=True):
+            if self.codec.is_encoded(buffer):
+                encoded.append((block, buffer))
+            else:
+                self._records[block].copy_(_bytes_of(buffer), non_blocking=True)
+        for first in range(0, len(encoded), DECODED_AT_ONCE):
+            batch = encoded[first : first + DECODED_AT_ONCE]
+            there = self._records.new_empty((len(batch), self.codec.bytes_per_block))
+            for row, (_, buffer) in zip(there, batch, strict=True):
+                row.copy_(_bytes_of(buffer), non_blocking=True)
+            blocks = torch.tensor([block for block, _ in batch], device=there.device)
+            self.tensor.index_copy_(0, blocks, self.codec.decode_tensor(there))
+        self._settle()
+
+    def _settle(self) -> None:
+        """All copies between the device and the host are done."""
+        if self.tensor.is_cuda:
+            torch.cuda.synchronize(self.tensor.device)
 
     def encode(self, block: int, out: memoryview) -> None:
         """A full block in its stored form. Raises `Internal` for values that the codec can't store."""
         if self._host is not None:
             self.codec.encode(memoryview(self._host[block]), out)
         else:
-            np.copyto(np.frombuffer(out, dtype=np.uint8), self.codec.encode_tensor(self.tensor[block]).cpu().numpy())
+            _bytes_of(out).copy_(self.codec.encode_tensor(self.tensor[block]))
 
     def export(self, block_ids: Sequence[int], out: Sequence[memoryview], tokens: int) -> None:
         """Copies raw blocks out; `tokens` is how many they hold. The rest of a partial block leaves as zeros: it may
         hold another sequence's KV."""
         for block, record in zip(block_ids, out, strict=True):
-            target = np.frombuffer(record, dtype=np.uint8)
-            source = self._host[block] if self._host is not None else self._records[block].cpu().numpy()
-            np.copyto(target, source)
+            _bytes_of(record).copy_(self._records[block], non_blocking=True)
+        self._settle()
         tail = tokens - (len(block_ids) - 1) * self.layout.block_tokens
         if block_ids and tail < self.layout.block_tokens:
             slices = np.frombuffer(out[-1], dtype=np.uint8).reshape(self.layout.layers, 2, self.layout.block_tokens, -1)
@@ -81,6 +99,10 @@ class BlockPool:
         """Zeroes blocks that may hold non-finite values."""
         if block_ids:
             self.tensor[torch.tensor(block_ids, device=self.tensor.device)] = 0
+
+
+def _bytes_of(buffer: memoryview) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, touched_bytes: int) -> torch.Tensor:
