@@ -24,9 +24,11 @@ from typing import NoReturn
 
 from common.errors import PenstockError
 from loadtest.dualpath import conclusions, namespaces, report
-from loadtest.dualpath.experiment import FULL, Experiment, Results, Size
+from loadtest.dualpath.cluster import no_gpu
+from loadtest.dualpath.experiment import SIZES, Experiment, Results
 from loadtest.dualpath.figures import Slo
 from loadtest.dualpath.links import topology
+from loadtest.dualpath.model import CPU, GPU
 from loadtest.dualpath.modes import ABLATION, CROSSING_MODES, MODES, ONE_REQUEST_MODES, ONLINE_MODES
 from loadtest.dualpath.said import say
 
@@ -46,6 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="larger jobs; by default every part of 1P1D, and 1P2D and 2P1D offline: half an hour"
     )
+    parser.add_argument("--gpu", action="store_true", help="workers on CUDA devices, a larger model and the paper's own lengths")
     parser.add_argument("--data", type=Path, help="folder for the model and the stores (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="where reports go (default: %(default)s)")
     parser.add_argument("--into", type=Path, help="a report's folder to go on with: what is measured there is not measured again")
@@ -64,7 +67,7 @@ def main() -> int:
         if unknown:
             print(f"--modes: no mode {unknown[0]!r}; there are {', '.join(MODES)}", file=sys.stderr)
             return 2
-        missing = namespaces.why_not()
+        missing = namespaces.why_not() or (no_gpu() if options.gpu else "")
         if missing:
             print(f"bench-dualpath can't run here: {missing}", file=sys.stderr)
             return 2
@@ -94,7 +97,9 @@ def _measure(options: argparse.Namespace, lab: namespaces.Lab, data: Path, folde
     wanted = [mode for mode in options.modes.split(",") if mode]
     default = FULL_TOPOLOGIES.get(str(lab.topology), DEFAULT_PARTS) if options.full else DEFAULT_PARTS
     parts = [part for part in PARTS if getattr(options, part.replace("-", "_"))] or default
-    experiment = Experiment(lab, data.resolve(), folder / "logs", results, FULL if options.full else Size(), options.seed, Slo())
+    setup = GPU if options.gpu else CPU
+    size = SIZES[setup.name, "full" if options.full else "default"]
+    experiment = Experiment(lab, setup, data.resolve(), folder / "logs", results, size, options.seed, Slo())
     runs = {
         "offline": (experiment.offline, ABLATION),
         "online": (experiment.online, ONLINE_MODES),

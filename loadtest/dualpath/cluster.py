@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import Unavailable
-from loadtest.dualpath import links, model
+from loadtest.dualpath import links
 from loadtest.dualpath.links import CONTROL, STORE, Network
+from loadtest.dualpath.model import Setup
 from loadtest.dualpath.modes import Mode
 from loadtest.dualpath.namespaces import Lab
 from loadtest.dualpath.processes import Process
@@ -23,16 +24,14 @@ from services.cli import nats_binary
 from services.cli.settings import LOCAL
 
 GRPC_PORT, BYTES_PORT, HTTP_PORT, NATS_PORT = 7000, 7001, 8080, 4222
-STORE_BUDGET_BYTES = 8 << 30
-STAGE_BYTES = 768 << 20  # of a worker: the prompts under way, all of them in the offline job
-POOL_BYTES = 768 << 20
 STOP_ORDER = ("router", "decode", "prefill", "store", "nats")
 
 
 class Cluster:
     """One cluster, begun for one mode. `folder` gets the logs; `data` holds the blocks."""
 
-    def __init__(self, lab: Lab, model_directory: Path, data: Path, folder: Path, mode: Mode) -> None:
+    def __init__(self, lab: Lab, setup: Setup, model_directory: Path, data: Path, folder: Path, mode: Mode) -> None:
+        self.setup = setup
         self._lab = lab
         self._model = model_directory
         self._data = data
@@ -51,13 +50,14 @@ class Cluster:
         self._start_nats()
         self._spawn("store", STORE, "kvstore", [
             "--data", str(self._data), "--bytes-host", self._address(STORE, Network.STORAGE),
-            "--budget-bytes", str(STORE_BUDGET_BYTES), *self._where(STORE),
+            "--budget-bytes", str(self.setup.store_bytes), *self._where(STORE),
         ])  # fmt: skip
-        for worker in self._lab.topology.workers:
+        setup = self.setup
+        for number, worker in enumerate(self._lab.topology.workers):
             self._spawn(worker, worker, worker.partition("-")[0], [
                 "--model", str(self._model), "--bytes-host", self._address(worker, Network.COMPUTE), "--transport", "tcp",
-                "--block-tokens", str(model.BLOCK_TOKENS), "--device", "cpu", "--threads", "1",
-                "--pool-bytes", str(POOL_BYTES), "--stage-bytes", str(STAGE_BYTES), *self._where(worker), *self._mode.workers,
+                "--block-tokens", str(setup.block_tokens), "--device", device(setup, number), "--threads", "1",
+                "--pool-bytes", str(setup.pool_bytes), "--stage-bytes", str(setup.stage_bytes), *self._where(worker), *self._mode.workers,
                 # What decode still holds of an earlier turn would come over no link, and the links are what is measured.
                 *(["--no-resident"] if worker.startswith("decode") else []),
             ])  # fmt: skip
@@ -132,6 +132,22 @@ class Cluster:
 
     def _address(self, member: str, network: Network = Network.CONTROL) -> str:
         return links.address(self._lab.topology, member, network)
+
+
+def device(setup: Setup, worker: int) -> str:
+    """Each worker's own, as far as there are so many GPUs."""
+    if setup.device == "cpu":
+        return "cpu"
+    import torch
+
+    return f"{setup.device}:{worker % torch.cuda.device_count()}"
+
+
+def no_gpu() -> str:
+    """Why workers can't be on GPUs here; empty: they can."""
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def copy_store(origin: Path, copy: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from loadtest.dualpath import model
 from loadtest.dualpath.figures import Figures, Slo, dual_bound, figures, one_request_bound_s
 from loadtest.dualpath.jobs import Measured
 from loadtest.dualpath.links import topology
+from loadtest.dualpath.model import SETUPS
 from loadtest.dualpath.trajectories import PAPER_AGENTS_OVER_BASIC
 
 BASIC, FULL, ORACLE, RECOMPUTE = "basic", "full", "oracle", "recompute"
@@ -105,7 +105,7 @@ def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
     single = min((ttft[mode] for mode in SINGLE_SOURCES if mode in ttft), default=None)
     if single is None or RECOMPUTE not in ttft:
         return out
-    kv_bytes = statistics.mean(s.prompt_tokens for s in here[0].done.samples) * model.kv_bytes_per_token(model.shape())
+    kv_bytes = statistics.mean(s.prompt_tokens for s in here[0].done.samples) * SETUPS[here[0].setup].kv_bytes_per_token
     storage = here[0].rates.storage or float("inf")
     beside_s, made = max(0.0, single - kv_bytes / storage), kv_bytes / ttft[RECOMPUTE]
     bounds = {

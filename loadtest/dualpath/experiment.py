@@ -21,11 +21,12 @@ from loadtest.dualpath.figures import Slo, figures
 from loadtest.dualpath.jobs import Job, Measured
 from loadtest.dualpath.links import Rates, Topology
 from loadtest.dualpath.measure import drive, measure
+from loadtest.dualpath.model import STORAGE_OVER_RECOMPUTE, Setup
 from loadtest.dualpath.modes import MODES
 from loadtest.dualpath.namespaces import Lab
 from loadtest.dualpath.said import say
 from loadtest.dualpath.search import capacity
-from loadtest.dualpath.trajectories import Agent, Statistics, Turn
+from loadtest.dualpath.trajectories import Agent, Turn
 from loadtest.samples import Sample
 
 COMPUTE_OVER_STORAGE = 8  # in the paper a node has eight NICs for the compute network and one for storage
@@ -47,10 +48,14 @@ class Size(msgspec.Struct, frozen=True):
     online_ratio: float = 1.12  # between rates that are tried
     online_bisections: int = 0
     long_context_tokens: int = 4096  # of the one-request part
-    statistics: Statistics = Statistics()
 
 
-FULL = Size(contexts=16, turns=4, online_window_s=60.0, online_bisections=1, long_context_tokens=8192)
+SIZES = {
+    ("cpu", "default"): Size(),
+    ("cpu", "full"): Size(contexts=16, turns=4, online_window_s=60.0, online_bisections=1, long_context_tokens=8192),
+    ("gpu", "default"): Size(contexts=32, turns=2, long_context_tokens=32_768),
+    ("gpu", "full"): Size(contexts=48, turns=4, online_window_s=60.0, online_bisections=1, long_context_tokens=49_152),
+}  # by setup
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -82,20 +87,21 @@ class Results:
 class Experiment:
     """One topology's parts, in its own namespaces, which somebody else builds and destroys."""
 
-    def __init__(self, lab: Lab, data: Path, logs: Path, results: Results, size: Size, seed: int, slo: Slo) -> None:
+    def __init__(self, lab: Lab, setup: Setup, data: Path, logs: Path, results: Results, size: Size, seed: int, slo: Slo) -> None:
         self._lab = lab
+        self._setup = setup
         self._data = data
         self._logs = logs
         self._results = results
         self._size = size
         self._seed = seed
         self._slo = slo
-        self._model = model.made(data)
+        self._model = model.made(data, setup)
         self._vocab = model.vocab_size(self._model)
-        self._agents = trajectories.agents(seed, size.contexts, size.turns, size.statistics, self._vocab)
+        self._agents = trajectories.agents(seed, size.contexts, size.turns, setup.statistics, self._vocab)
         rng = random.Random(seed + 1)
         self._machine_file = Path()
-        self._primers = [self._tokens(rng, size.statistics.context) for _ in range(PRIMERS)]
+        self._primers = [self._tokens(rng, setup.statistics.context) for _ in range(PRIMERS)]
         self._long = [self._tokens(rng, size.long_context_tokens) for _ in range(REPEATS)]
 
     def offline(self, modes: Sequence[str]) -> None:
@@ -153,8 +159,8 @@ class Experiment:
         if mode != "basic" and basic is not None:
             return trajectories.PAPER_AGENTS_OVER_BASIC * basic.step
         links = self._lab.topology.prefills if mode == "basic" else len(self._lab.topology.workers)
-        per_agent = self._size.online_turns * self._size.statistics.context * model.kv_bytes_per_token(model.shape())
-        return links * model.STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s / per_agent
+        per_agent = self._size.online_turns * self._setup.statistics.context * self._setup.kv_bytes_per_token
+        return links * STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s / per_agent
 
     def _trial(self, cluster: Cluster, mode: str, rate: float) -> bool:
         rate = round(rate, 3)
@@ -163,7 +169,7 @@ class Experiment:
             window = self._size.online_window_s
             starts = trajectories.arrivals(self._seed, rate, window)
             those = trajectories.agents(
-                random.Random(f"{self._seed} {rate}").getrandbits(32), len(starts), self._size.online_turns, self._size.statistics, self._vocab
+                random.Random(f"{self._seed} {rate}").getrandbits(32), len(starts), self._size.online_turns, self._setup.statistics, self._vocab
             )  # fmt: skip
             shared = [
                 msgspec.structs.replace(agent, context=self._agents[agent.id % len(self._agents)].context) for agent in those
@@ -175,7 +181,7 @@ class Experiment:
 
     def _singles(self, cluster: Cluster, contexts: Sequence[tuple[int, ...]], part: str, mode: str, step: float = 0.0) -> None:
         rng = random.Random(f"{self._seed} {part} {mode} {step}")
-        appended = self._size.statistics.appended
+        appended = self._setup.statistics.appended
         those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts)]
         self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
 
@@ -202,7 +208,7 @@ class Experiment:
         warm = self._warm()
         live = self._data / "live"
         copy_store(warm, live)
-        storage = model.STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s
+        storage = STORAGE_OVER_RECOMPUTE * self._machine().recompute_bytes_per_s
         self._lab.shape(Rates(storage, COMPUTE_OVER_STORAGE * storage))
         with self._running(live, mode) as cluster:
             for other in others:
@@ -211,7 +217,7 @@ class Experiment:
 
     @contextmanager
     def _running(self, store: Path, mode: str) -> Iterator[Cluster]:
-        cluster = Cluster(self._lab, self._model, store, self._logs / f"{self._lab.topology}-{mode}", MODES[mode])
+        cluster = Cluster(self._lab, self._setup, self._model, store, self._logs / f"{self._lab.topology}-{mode}", MODES[mode])
         try:
             cluster.start()
             yield cluster
@@ -222,12 +228,12 @@ class Experiment:
     def _warm(self) -> Path:
         """The store with every context in it, made once for a seed and a size; beside it, what the machine does with one request."""
         stored = [*trajectories.contexts_of(self._agents), *self._primers, *self._long]
-        blocks = sum(len(context) // model.BLOCK_TOKENS for context in stored)
+        blocks = sum(len(context) // self._setup.block_tokens for context in stored)
         folder = self._data / f"warm-{self._model.name}-{self._seed}-{blocks}"
         self._machine_file = folder.with_suffix(".json")
         if self._machine_file.exists():
             return folder
-        say(f"storing {len(stored)} contexts, {blocks} blocks of {model.bytes_per_block(model.shape())} bytes (not measured)")
+        say(f"storing {len(stored)} contexts, {blocks} blocks of {self._setup.bytes_per_block} bytes (not measured)")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted: what is computed below must not be stored
         self._lab.shape(Rates())
         those = [Agent(n, (), (Turn(context, 1),)) for n, context in enumerate(stored)]
@@ -235,10 +241,12 @@ class Experiment:
             url, name = cluster.urls["basic"], cluster.model_name
             drive(self._lab, Job(url, name, those, [0.0] * len(those), WARM_AT_ONCE, stored_blocks=blocks))
             rng = random.Random(self._seed + 2)
-            tokens = self._size.statistics.generated
-            fresh = [Agent(n, self._tokens(rng, self._size.statistics.context), (Turn((), tokens),)) for n in range(REPEATS)]
+            tokens = self._setup.statistics.generated
+            fresh = [Agent(n, self._tokens(rng, self._setup.statistics.context), (Turn((), tokens),)) for n in range(REPEATS)]
             took = drive(self._lab, Job(url, name, fresh, [0.0] * REPEATS, at_once=1)).samples
-        machine = Machine(made_bytes_per_s(took), statistics.median(sample.tpot_s or 0.0 for sample in took))
+        machine = Machine(
+            made_bytes_per_s(took, self._setup.kv_bytes_per_token), statistics.median(sample.tpot_s or 0.0 for sample in took)
+        )
         self._machine_file.write_bytes(msgspec.json.encode(machine))
         return folder
 
@@ -251,7 +259,6 @@ class Experiment:
         return tuple(rng.randrange(trajectories.FIRST_TOKEN_ID, self._vocab) for _ in range(count))
 
 
-def made_bytes_per_s(samples: Sequence[Sample]) -> float:
+def made_bytes_per_s(samples: Sequence[Sample], per_token: int) -> float:
     """KV bytes a second of prompts that were computed: the median of them."""
-    per_token = model.kv_bytes_per_token(model.shape())
     return statistics.median(s.prompt_tokens * per_token / (s.ttft_s or float("inf")) for s in samples)

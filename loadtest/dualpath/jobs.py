@@ -54,6 +54,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """One job, raw. What it means is worked out in `figures`.
 
     Attributes:
+        setup: name of what the cluster was made of.
         part: "offline", "online", "one-request" or "crossing".
         step: what was varied within the part: agents per second, bytes per second; 0: nothing.
         tpot_alone_s: of one request at a time, measured before over unshaped links.
@@ -73,6 +74,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     machine_cpu_s: float
     cores: int
     tpot_alone_s: float = 0.0
+    setup: str = "cpu"
 
     @property
     def name(self) -> str:

@@ -59,7 +59,7 @@ def measure(
     used = {name: round(now - cpu[name], 2) for name, now in cluster.cpu_s().items()}
     busy_s = round(machine_cpu()[0] - busy, 2)
     return Measured(part=part, topology=str(lab.topology), mode=mode, step=step, rates=lab.rates, done=done, ticks=ticker.ticks,
-                    cpu_s=used, machine_cpu_s=busy_s, cores=cores, tpot_alone_s=tpot_alone_s)  # fmt: skip
+                    cpu_s=used, machine_cpu_s=busy_s, cores=cores, tpot_alone_s=tpot_alone_s, setup=cluster.setup.name)  # fmt: skip
 
 
 def drive(lab: Lab, job: Job) -> Done:

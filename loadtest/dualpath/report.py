@@ -11,9 +11,10 @@ import msgspec
 from loadtest.dualpath import conclusions, model
 from loadtest.dualpath.figures import Figures, Slo, figures
 from loadtest.dualpath.jobs import Measured
+from loadtest.dualpath.model import SETUPS
 from loadtest.dualpath.modes import MODES
 from loadtest.dualpath.plots import plots
-from loadtest.dualpath.trajectories import PAPER_HIT_RATE, SCALE, Statistics
+from loadtest.dualpath.trajectories import PAPER_HIT_RATE
 from loadtest.figures import Spread
 from loadtest.report import Table
 
@@ -50,8 +51,9 @@ def write(folder: Path, found: Sequence[Measured], slo: Slo) -> Path:
 
 def facts(found: Sequence[Measured], slo: Slo) -> list[tuple[str, str]]:
     """What the figures hold for."""
-    of, shape = Statistics(), model.shape()
-    turn = model.cost(shape, of.context - model.BLOCK_TOKENS / 2, of.appended + model.BLOCK_TOKENS / 2)
+    setup = SETUPS[found[0].setup if found else "cpu"]
+    of, shape = setup.statistics, setup.shape
+    turn = model.cost(setup, of.context - setup.block_tokens / 2, of.appended + setup.block_tokens / 2)
     objective = slo.here(max((one.tpot_alone_s for one in found), default=0.0))
     storage = max((one.rates.storage or 0.0 for one in found if one.part != "crossing"), default=0.0)
     return [
@@ -59,7 +61,7 @@ def facts(found: Sequence[Measured], slo: Slo) -> list[tuple[str, str]]:
             "model",
             f"{shape.layers} layers x {shape.hidden}, {shape.kv_heads} KV heads, {shape.parameters / 1e6:.1f} M parameters",
         ),
-        ("KV", f"{model.kv_bytes_per_token(shape):,} bytes a token, {model.bytes_per_block(shape):,} a block"),
+        ("KV", f"{setup.kv_bytes_per_token:,} bytes a token, {setup.bytes_per_block:,} a block"),
         (
             "a turn loads and computes",
             f"{turn.bytes / 1e6:.1f} MB, {turn.flop / 1e9:.2f} GFLOP ({turn.gb_per_pflop:,.0f} GB/PFLOP)",
@@ -68,7 +70,7 @@ def facts(found: Sequence[Measured], slo: Slo) -> list[tuple[str, str]]:
             "a storage link",
             f"{storage / 1e6:.1f} MB/s, {model.STORAGE_OVER_RECOMPUTE:g} times what one prefill worker makes of such prompts, measured",
         ),
-        ("trajectories", f"paper's 64K set / {SCALE}: {of.context} + {of.appended} tokens, {of.generated} generated"),
+        ("trajectories", f"paper's 64K set / {of.scale}: {of.context} + {of.appended} tokens, {of.generated} generated"),
         ("hit rate of the paper", f"{PAPER_HIT_RATE:.1%}"),
         (
             "objective",

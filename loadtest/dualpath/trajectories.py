@@ -1,7 +1,7 @@
 """Agents and what they say, turn by turn. Pure: the same seed gives the same tokens.
 
 The statistics are those of the paper's 64K set (arXiv 2602.21548: 157 turns, 32.7k tokens of context, 429 appended and
-176 generated a turn, 98.7 % hit), every length divided by `SCALE`. An agent starts somewhere in its life, with a context that is stored already,
+176 generated a turn, 98.7 % hit), every length divided by a scale. An agent starts somewhere in its life, with a context that is stored already,
 and takes a few turns; its tools answer at once. Lengths: a context is uniform in [1/2, 3/2] of the mean, as that of an agent caught at
 any of its turns; what is appended is exponential, at least 1 and at most 4 times the mean. An answer is uniform in [1/2, 3/2] of its mean: the
 time from the first token, which prefill samples, to the second holds the rest of the hand-over, and in answers of two tokens TPOT would be
@@ -16,17 +16,26 @@ import msgspec
 PAPER_CONTEXT_TOKENS, PAPER_APPENDED_TOKENS, PAPER_GENERATED_TOKENS = 32_700, 429, 176
 PAPER_HIT_RATE = 0.987
 PAPER_AGENTS_OVER_BASIC = 1.96  # per second within the objective
-SCALE = 16
 LENGTH_MAX = 4.0  # times its mean
 FIRST_TOKEN_ID = 100  # below are the tokenizer's special ones
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """Mean lengths in tokens."""
+    """Mean lengths in tokens: the paper's over `scale`."""
 
-    context: int = PAPER_CONTEXT_TOKENS // SCALE
-    appended: int = PAPER_APPENDED_TOKENS // SCALE
-    generated: int = PAPER_GENERATED_TOKENS // SCALE
+    scale: int
+
+    @property
+    def context(self) -> int:
+        return PAPER_CONTEXT_TOKENS // self.scale
+
+    @property
+    def appended(self) -> int:
+        return PAPER_APPENDED_TOKENS // self.scale
+
+    @property
+    def generated(self) -> int:
+        return PAPER_GENERATED_TOKENS // self.scale
 
 
 class Turn(msgspec.Struct, frozen=True):
