@@ -55,7 +55,7 @@ def store(
 ) -> None:
     """Stores blocks `[start, …)` of a chain, each pinned until the next one hangs on it."""
     if last is not None:
-        index.pin(last)
+        index.offers.pin(last)
     for i in range(start, len(keys)):
         slot = free.pop() if free else index.evict()
         if slot is None:
@@ -63,12 +63,12 @@ def store(
         if isinstance(policy, S3Fifo):
             policy.note(slot, chain[i])
         index.insert(slot, keys[i], keys[i - 1] if i else ROOT, 0, 0)
-        index.pin(slot)
+        index.offers.pin(slot)
         if last is not None:
-            index.unpin(last)
+            index.offers.unpin(last)
         last = slot
     if last is not None:
-        index.unpin(last)
+        index.offers.unpin(last)
 
 
 def best_hit_ratio(chains: Sequence[Sequence[int]], slots: int) -> float:

@@ -18,7 +18,7 @@ what they sustain that is compared. `--ramp-s 0` compares bursts.
   reserves and evicts; the bytes have come, and the carrier has checked them, which gives the checksums of their chunks too.
 - `write_scattered`: the same where no two slots of a request are neighbours but by chance; fio writes its blocks at random. So the
   disk has as many bytes of the one as of the other. fio syncs one file, the store its eight segments.
-- `service_write`: the same from another process' memory, over gRPC and shm: copied and checksummed on the way.
+- `service_write`: as `write`, from another process' memory, over gRPC and shm: copied and checksummed on the way.
 - `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only, which
   is that of the service's engine (loadtest/store/service.py).
 
@@ -42,7 +42,6 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from common.blocks import Namespace
 from common.disk.engine import EngineChoice, Machine, open_engine
 from loadtest.store.blocks import NAMESPACE, Blocks
 from loadtest.store.fio import BLOCKS_PER_READ, Fio, Sample, require_fio
@@ -52,6 +51,7 @@ from loadtest.store.service import CARRIERS, Service
 from services.kvstore.files import direct_io_works
 
 TOTAL_BYTES = 512 << 20  # of each store, and of fio's file
+FULL_BYTES = TOTAL_BYTES + TOTAL_BYTES // 8  # a budget that TOTAL_BYTES fill: header pages are 3 % at most
 DEEP = 8  # the depth from which a disk can be kept busy
 Way = Callable[[float, float], Awaitable[Sample]]  # ramp and slice, in seconds
 
@@ -148,20 +148,23 @@ async def local_rows(bench: Bench, folder: Path, sizes: list[int], depths: list[
 
 async def service_rows(bench: Bench, folder: Path, sizes: list[int], depth: int, io: str) -> float:
     """Adds the service's rows; the plain socket's bytes per second."""
-    fio, budget_bytes = bench.fio, 3 * len(sizes) * TOTAL_BYTES
-    service = await Service.start(folder / "service", max(8 << 20, max(sizes) * max(depth, BLOCKS_PER_READ)), budget_bytes, io)
-    plain, received = PlainSocket(), []
-    for number, size in enumerate(sizes):
-        namespace, blocks = Namespace(f"{number:02x}{NAMESPACE[2:]}"), Blocks(size)
-        stored = await service.fill(namespace, blocks, TOTAL_BYTES // size)
+    fio, plain, received = bench.fio, PlainSocket(), []
+    for size in sizes:
+        place, blocks = (
+            folder / f"service-{size}",
+            Blocks(size),
+        )  # full, each of its own size: what is written evicts and overwrites
+        service = await Service.start(place, max(8 << 20, size * max(depth, BLOCKS_PER_READ)), FULL_BYTES, io)
+        stored = await service.fill(NAMESPACE, blocks, TOTAL_BYTES // size)
         ways: dict[str, Way] = {carrier: partial(service.read, stored, carrier, size, depth) for carrier in CARRIERS}
         await bench.compare(partial(fio.read, size, depth), ways, size, depth)
         received.append(plain.receive(bench.slice_s).bytes_per_s)
         await service.client.release(stored.token)
-        writing: dict[str, Way] = {"service_write": partial(service.write, namespace, blocks, depth)}
+        writing: dict[str, Way] = {"service_write": partial(service.write, NAMESPACE, blocks, depth)}
         await bench.compare(partial(fio.write, size, depth), writing, size, depth)
+        await service.close()
+        shutil.rmtree(place)
     plain.close()
-    await service.close()
     return statistics.median(received)
 
 

@@ -9,7 +9,7 @@
 3. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
    before anything is checked, so that the disk has work meanwhile.
 4. What came short goes on where it stopped; what the kernel had no memory for goes again.
-5. Checks run on the loop, about a MiB at a time, with a look at the ring after each, so that none leaves the disk idle.
+5. Checks run on the loop, with a look at the ring before each (arrivals.py).
 
 A transfer that was not started when the batch's deadline passes, or when the batch is abandoned, results in
 `NotStarted`. One that was started is always waited for: the disk may be writing to its memory.
@@ -19,10 +19,10 @@ import asyncio
 import errno
 import os
 import threading
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
+from common.disk.arrivals import Arrivals
 from common.disk.batch import Batch
 from common.disk.flights import Chain, Flight
 from common.disk.ring import Ring
@@ -35,7 +35,6 @@ KERNEL_BYTES = 16 << 20  # at the kernel at once: no disk is quicker for more, a
 CHAIN_BYTES = 4 << 20  # of writes in a row: a millisecond of the disk's time, so that the loop may be away as long
 CHAIN_MAX = 16  # writes of a few pages aren't worth more room in the ring
 LAST_BYTES = 4 << 20  # of what is checked, half of what is left, but this much: little is then checked after the last has come
-TURN_BYTES = 1 << 20  # of checks before the loop gets its turn: about 100 us
 AGAIN_MAX = 100  # times that the kernel may ask for one transfer again
 AGAIN_S = 0.002
 _AGAIN = (errno.EAGAIN, errno.EINTR)
@@ -47,7 +46,6 @@ class RingEngine:
     name = "io_uring"
 
     def __init__(self, ring: Ring, depth: int, pending_max: int) -> None:
-        self._pending = 0
         self.pending_max = pending_max
         self.depth = min(depth, ring.entries)
         self._ring = ring
@@ -56,14 +54,14 @@ class RingEngine:
         self._places = 0  # at the disk: at most `depth`
         self._kernel_bytes = 0  # of the flights, but for what waits in chains
         self._tags = 0
-        self._arrived: deque[tuple[Flight, OSError | None]] = deque()
+        self._arrivals = Arrivals(self._look)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._using = threading.Lock()  # `close` may come from another thread
 
     @property
     def pending(self) -> int:
-        return self._pending
+        return self._turns.waiting + len(self._flights) + len(self._arrivals)
 
     def submit(self, transfers: Sequence[Transfer], deadline_s: float | None = None) -> Batch[int]:
         """Queues transfers. Raises `Overloaded`."""
@@ -72,12 +70,11 @@ class RingEngine:
         if not transfers:
             batch.finish()
             return batch
-        if self._closed or self._pending + len(transfers) > self.pending_max:
+        if self._closed or self.pending + len(transfers) > self.pending_max:
             raise Overloaded(
                 f"{self.pending} disk operations are pending, {len(transfers)} more asked for: at most {self.pending_max}"
             )
         self._listen(loop)
-        self._pending += len(transfers)
         if all(transfer.op is Op.SYNC for transfer in transfers) and self._ring.in_flight + len(transfers) <= self._ring.entries:
             self._place_syncs(batch, transfers)
             return batch
@@ -90,7 +87,6 @@ class RingEngine:
     def abandon(self, batch: Batch[int]) -> None:
         """Gives up the transfers of a batch that were not started. Idempotent."""
         left = self._turns.give_up(batch)
-        self._pending -= left
         if left and batch.settled:
             batch.finish()
 
@@ -127,7 +123,7 @@ class RingEngine:
         assert self._loop is not None
         self._loop.remove_reader(self._ring.fd)
         self._ring.close()
-        self._check_arrived()
+        self._arrivals.check()
 
     @property
     def _bytes_max(self) -> int:
@@ -207,7 +203,11 @@ class RingEngine:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._ring.fd)
         self._take_in()
-        self._check_arrived()
+        self._arrivals.check()
+
+    def _look(self) -> None:
+        if self._ring.completed:
+            self._take_in()
 
     def _take_in(self) -> None:
         """What has completed makes room, and the next go to the kernel."""
@@ -244,29 +244,7 @@ class RingEngine:
         if not chain.left:
             self._places -= chain.places
             self._kernel_bytes -= chain.disk_bytes
-        self._arrived.append((flight, error))
-
-    def _check_arrived(self) -> None:
-        checked = 0
-        while self._arrived:
-            if checked >= TURN_BYTES:
-                assert self._loop is not None
-                self._loop.call_soon(self._check_arrived)
-                return
-            if self._ring.completed:
-                self._take_in()
-            flight, error = self._arrived.popleft()
-            outcome: int | BaseException = flight.done if error is None else error
-            if error is None and flight.transfer.check is not None:
-                checked += flight.done
-                try:
-                    outcome = flight.transfer.check()
-                except Exception as raised:
-                    outcome = raised
-            self._pending -= 1
-            flight.batch.settle(flight.index, outcome)
-            if flight.batch.settled:
-                flight.batch.finish()
+        self._arrivals.add(flight, error)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

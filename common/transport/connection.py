@@ -48,7 +48,7 @@ from common.transport.frames import (
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.located import Located
 from common.transport.memory import crc32c_in_turns
-from common.transport.pending import Pending, check_reply, plan
+from common.transport.pending import BATCH_BYTES, FIRST_BYTES, Pending, check_reply, plan
 from common.transport.region import Region
 from common.transport.streams import Bytes, ByteStream, discard, next_event
 
@@ -149,8 +149,9 @@ class Connection:
         assert [part.length for part in parts] == [span.length for span in spans], "parts and spans differ in length"
         deadline = asyncio.get_running_loop().time() + deadline_s
         views = [self._region.view(span) for span in spans]
-        statuses, batches = plan(op, parts, spans, self._region)
         flow = self.counters.read if op is Op.READ else self.counters.write
+        busy = op is Op.WRITE and flow.in_flight  # what went before keeps the peer at work
+        statuses, batches = plan(op, parts, spans, self._region, BATCH_BYTES if busy else FIRST_BYTES)
 
         async def run(batch: list[int]) -> None:
             columns = [parts[i] for i in batch], [spans[i] for i in batch], [views[i] for i in batch]

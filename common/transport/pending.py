@@ -8,11 +8,15 @@ from common.transport.interface import PARTS_MAX, Part, PartStatus, Span
 from common.transport.region import Region
 
 BATCH_BYTES = 8 << 20  # a larger transfer is split, so that disk, wire and checks overlap
-FIRST_BYTES = 2 << 20  # and begins with little, so that they soon do
+FIRST_BYTES = (
+    2 << 20
+)  # and begins with little, so that they soon do; not a write behind others, as each request costs the peer 0.25 ms
 
 
-def plan(op: Op, parts: Sequence[Part], spans: Sequence[Span], region: Region) -> tuple[list[PartStatus], list[list[int]]]:
-    """What is decided without the peer, and the batches of part numbers that go to it."""
+def plan(
+    op: Op, parts: Sequence[Part], spans: Sequence[Span], region: Region, first_bytes: int
+) -> tuple[list[PartStatus], list[list[int]]]:
+    """What is decided without the peer, and the batches of part numbers that go to it, each twice the one before, from `first_bytes` on."""
     statuses = [PartStatus.OK] * len(parts)
     batches: list[list[int]] = []
     room = 0
@@ -23,7 +27,7 @@ def plan(op: Op, parts: Sequence[Part], spans: Sequence[Span], region: Region) -
             statuses[index] = PartStatus.FULL
         elif part.length:
             if not batches or part.length > room or len(batches[-1]) == PARTS_MAX:
-                room = min(FIRST_BYTES << len(batches), BATCH_BYTES)
+                room = min(first_bytes << len(batches), BATCH_BYTES)
                 batches.append([])
             batches[-1].append(index)
             room -= part.length

@@ -110,15 +110,15 @@ class AdminService(kvstore_pb2_grpc.AdminServicer):
 
     async def _inspect(self, shelf: Shelf, slot: int) -> pb.BlockInfo:
         segment, within = shelf.place(slot)
-        pinned = shelf.index.pinned(slot)
-        shelf.index.pin(slot)
+        pinned = shelf.index.offers.pinned(slot)
+        shelf.index.offers.pin(slot)
         try:
             async with asyncio.timeout(INSPECT_DEADLINE_S):
                 header = await self._store.file_calls.run(segment.disk, partial(_read_header, segment, within))
         except TimeoutError as error:
             raise DeadlineExceeded(f"slot {within} of {segment.path} could not be read in {INSPECT_DEADLINE_S:g} s") from error
         finally:
-            shelf.index.unpin(slot)
+            shelf.index.offers.unpin(slot)
         if not isinstance(header, SlotHeader):
             raise CorruptBlock(f"slot {within} of {segment.path}: {header}")
         return pb.BlockInfo(

@@ -65,7 +65,7 @@ class Reads:
         if not targets:
             return results
         for target in targets:
-            target.shelf.index.pin(target.slot)
+            target.shelf.index.offers.pin(target.slot)
         with self._metrics.read_s.time():
             try:
                 await self._chunk_tables.learn(lease, targets)
@@ -232,7 +232,7 @@ class Reads:
 
     def _unpin(self, targets: list[Target]) -> None:
         for target in targets:
-            target.shelf.index.unpin(target.slot)
+            target.shelf.index.offers.unpin(target.slot)
 
     def _failed_read(self, target: Target, error: BaseException) -> PartStatus:
         if isinstance(error, CorruptPayload):

@@ -1,6 +1,6 @@
 """Blocks that are bad, or that an operator wants gone: misses at once, and erased on disk, so that no start finds them.
 
-1. `condemn` takes a bad block out of the index; its slot is ERASING (shelf.py).
+1. `condemn` takes a bad block out of the index; its slot is ERASING (slot_states.py).
 2. `erase` zeroes headers of condemned slots, after the segment's checkpoint, and syncs.
 3. The slots are free again, or retired where that failed or nothing can be written.
 """
@@ -39,7 +39,7 @@ class Erasures:
         log.warning("block_dropped", key=key.hex(), path=str(segment.path), slot=within, reason=reason)
         self._metrics.corrupt_blocks += 1
         if not segment.writable:
-            shelf.index.unpin(slot)
+            shelf.index.offers.unpin(slot)
         shelf.condemn(slot)
         self.erase(shelf, segment, [slot])
 

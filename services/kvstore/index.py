@@ -1,13 +1,11 @@
 """Which block lies in which slot, for one namespace, in memory.
 
 A slot number is `segment * slots_per_segment + slot in the segment`. Per stored block: the key, the
-checksum and the sequence of its bytes, its links to other blocks (`Forest`), pins, and what the
+checksum and the sequence of its bytes, its links to other blocks (`Forest`), pins (`Offers`), and what the
 eviction policy knows of it: about 108 bytes, in arrays, whatever is stored (docs/benchmarks.md).
 
-Invariants (`check_integrity`):
-- Only a block without stored children and without pins is evicted, so every chain that was
-  prefix-closed stays so. A pin on the last block of a prefix therefore keeps the whole prefix.
-- On offer to the policy are exactly the blocks that may be evicted.
+Invariant (`check_integrity`): only a block without stored children and without pins is evicted, so every chain that was
+prefix-closed stays so. A pin on the last block of a prefix therefore keeps the whole prefix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +18,8 @@ from services.kvstore.entries import ENTRY, PROVEN, Entries
 from services.kvstore.eviction import EvictionPolicy
 from services.kvstore.forest import Forest
 from services.kvstore.key_table import KeyTable, words
+from services.kvstore.offers import ColdestOfTenant, Offers
 
-COLDEST_AT_ONCE = 64  # of one tenant: finding them looks at every slot
 _STRIDES = (64, 448, 3584)  # keys probed at once: a short prefix doesn't pay for a long question
 
 
@@ -36,10 +34,10 @@ class Index:
         self._forest = Forest()
         self._checksums = Column(np.uint32)
         self._sequences = Column(np.uint64)
-        self._pins = Column(np.uint32)
-        self.terms = BlockTerms()
-        self._coldest: dict[int, list[tuple[int, int]]] = {}  # tenant -> (slot, last use) of some blocks, the next to go last
         self._held = Column(np.bool_)  # whether the slot holds a block
+        self.terms = BlockTerms()
+        self.offers = Offers(policy, self._forest, self._held)
+        self._coldest = ColdestOfTenant(policy, self.terms)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -50,14 +48,14 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Memory held, the policy's included."""
-        columns = (self._checksums, self._sequences, self._pins, self._held, self.terms)
+        columns = (self._checksums, self._sequences, self.offers, self._held, self.terms)
         return self._table.nbytes + self._forest.nbytes + self._policy.nbytes + sum(column.nbytes for column in columns)
 
     def grow(self, slots: int) -> None:
         """Slot numbers up to `slots` may be used."""
-        for part in (self._table, self._forest, self._policy, self.terms):
+        for part in (self._table, self._forest, self._policy, self.terms, self.offers):
             part.grow(slots)
-        for column in (self._checksums, self._sequences, self._pins, self._held):
+        for column in (self._checksums, self._sequences, self._held):
             column.grow(slots)
 
     def find(self, key: bytes) -> int | None:
@@ -139,16 +137,14 @@ class Index:
             self._hang(slot, key, parent, parent_key)
             self._policy.insert(slot, self._forest.parent(slot), tick)
             slot_before, key_before = slot, key
-        for slot in at[(self._pins.array[at] == 0) & self._forest.leaves(at)].tolist():
-            self._policy.offer(slot)
+        self.offers.offer_new(at)
 
     def _hang(self, slot: int, key: bytes, parent: int | None, parent_key: bytes) -> None:
         """Gives a new block its place, and what has waited for it. Its parent may be of its group, and have no place yet."""
         if parent is None or not self._forest.has_place(parent):
             self._forest.hang_head(slot, parent_key)
         else:
-            if self._policy.on_offer(parent):
-                self._policy.withdraw(parent)
+            self.offers.withdraw(parent)
             self._forest.hang(slot, parent)
         self._forest.adopt(slot, key)
 
@@ -185,38 +181,9 @@ class Index:
     def remove(self, slot: int) -> bytes:
         """Forgets the block in a slot. Children that it has become chain heads. Returns its key."""
         key, parent = self._forget(slot)
-        if parent is not None and self._evictable(parent):
-            self._policy.offer(parent)
+        if parent is not None:
+            self.offers.offer(parent)
         return key
-
-    def pin(self, slot: int) -> None:
-        self._pins.view[slot] += 1
-        if self._policy.on_offer(slot):
-            self._policy.withdraw(slot)
-
-    def pin_all(self, slots: Sequence[int]) -> None:
-        """`pin` of slots that are about to hold a block, all different."""
-        at = np.array(slots, np.int32)
-        assert not self._held.array[at].any()
-        self._pins.array[at] += 1
-
-    def unpin_all(self, slots: Sequence[int]) -> None:
-        """`unpin` of many; of one as often as it is named."""
-        at = np.array(slots, np.int32)
-        assert self._pins.array[at].all()
-        np.subtract.at(self._pins.array, at, 1)
-        for slot in at[(self._pins.array[at] == 0) & self._forest.leaves(at)].tolist():
-            if self._held.view[slot] and not self._policy.on_offer(slot):
-                self._policy.offer(slot)
-
-    def unpin(self, slot: int) -> None:
-        assert self._pins.view[slot]
-        self._pins.view[slot] -= 1
-        if self._evictable(slot):
-            self._policy.offer(slot)
-
-    def pinned(self, slot: int) -> bool:
-        return self._pins.view[slot] > 0
 
     def evict(self) -> int | None:
         """Removes the block that may best go; its slot, or None when none may."""
@@ -235,23 +202,12 @@ class Index:
         self._held.array[slots] = False
         return gone
 
-    def evictable(self, slot: int) -> bool:
-        """Whether there is a block in the slot that may go: no other hangs on it, and no pin is on it."""
-        return self._evictable(slot)
-
     def evict_of(self, tenant: int) -> int | None:
         """`evict`, of the tenant's blocks the one that was used longest ago."""
-        coldest = self._coldest.setdefault(tenant, [])
-        while True:
-            if not coldest:
-                coldest += self._find_coldest(tenant)
-            if not coldest:
-                del self._coldest[tenant]
-                return None
-            slot, tick = coldest.pop()
-            if self._policy.on_offer(slot) and self._policy.tick(slot) == tick and self.terms.tenant(slot) == tenant:
-                self._evict(slot)
-                return slot
+        slot = self._coldest.of(tenant)
+        if slot is not None:
+            self._evict(slot)
+        return slot
 
     def proven(self, slot: int) -> bool:
         """Whether a lookup has found the block, or one that it hangs on."""
@@ -268,7 +224,7 @@ class Index:
         gone: list[int] = []
         for start in list(over):
             slot: int | None = start
-            while slot is not None and slot in over and self._evictable(slot):
+            while slot is not None and slot in over and self.offers.evictable(slot):
                 over.remove(slot)
                 gone.append(slot)
                 slot = self._evict(slot)
@@ -287,9 +243,6 @@ class Index:
     def stored(self) -> Iterator[tuple[bytes, int]]:
         return ((self._table.key(slot), slot) for slot in self._table.slots().tolist())
 
-    def pins_total(self) -> int:
-        return int(self._pins.array.sum())
-
     def _evict(self, slot: int) -> int | None:
         """Removes a block that is on offer; its parent's slot."""
         parent = self._withdraw(slot)
@@ -303,30 +256,20 @@ class Index:
         self._policy.withdraw(slot)
         self._policy.remove(slot)
         self._forest.take_down(slot)
-        if parent is not None and self._evictable(parent):
+        if parent is not None and self.offers.evictable(parent):
             self._policy.expose(parent, slot)
         return parent
-
-    def _find_coldest(self, tenant: int) -> list[tuple[int, int]]:
-        slots = np.flatnonzero(self._policy.all_on_offer() & self.terms.of_tenant(tenant)).astype(np.int32)
-        ticks = self._policy.ticks(slots)
-        order = np.argsort(ticks, kind="stable")[:COLDEST_AT_ONCE][::-1]
-        return list(zip(slots[order].tolist(), ticks[order].tolist(), strict=True))
 
     def _forget(self, slot: int) -> tuple[bytes, int | None]:
         """Takes a block out; its key and its parent's slot."""
         assert self._held.view[slot]
         key, parent = self._table.key(slot), self._forest.parent(slot)
-        if self._policy.on_offer(slot):
-            self._policy.withdraw(slot)
+        self.offers.withdraw(slot)
         self._policy.remove(slot)
         self._forest.release(slot, key)
         self._table.remove(slot)
         self._held.view[slot] = False
         return key, parent
-
-    def _evictable(self, slot: int) -> bool:
-        return bool(self._held.view[slot]) and self._forest.is_leaf(slot) and not self._pins.view[slot]
 
     def check_integrity(self) -> list[str]:
         """What is wrong, in words; empty when all is well."""
@@ -334,7 +277,4 @@ class Index:
         problems = self._table.check_integrity() + self._forest.check_integrity(slots)
         if not np.array_equal(np.sort(slots), np.flatnonzero(self._held.array)):
             problems.append(f"the table has {len(slots)} blocks, {int(self._held.array.sum())} slots hold one")
-        for slot in range(len(self._held.array)):
-            if self._policy.on_offer(slot) != self._evictable(slot):
-                problems.append(f"slot {slot} is {'on' if self._policy.on_offer(slot) else 'not on'} offer")
-        return problems
+        return problems + self.offers.check_integrity()

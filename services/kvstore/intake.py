@@ -105,7 +105,7 @@ class Intake:
 
     def _keep(self, lease: WriteLease, slot: int) -> None:
         """Pins a block that what is being written hangs on."""
-        lease.shelf.index.pin(slot)
+        lease.shelf.index.offers.pin(slot)
         lease.pins.append(slot)
 
     def filled(self, lease: WriteLease, items: Sequence[WriteItem], checksums: Sequence[int], sequences: Sequence[int]) -> None:
@@ -115,7 +115,7 @@ class Intake:
             item.step("done")
         if not lease.ended:
             slots = [item.slot for item in items]
-            shelf.index.pin_all(slots)
+            shelf.index.offers.pin_all(slots)
             lease.pins.extend(slots)
         shelf.store(items, checksums, sequences, lease.tenant, lease.written_s + lease.keep_s)
         self.reserved_bytes -= len(items) * shelf.geometry.slot_bytes
@@ -134,5 +134,5 @@ class Intake:
         """Frees what was never begun and unpins; what is on its way is settled when it arrives."""
         unbegun = [item for item in lease.items if item is not None and item.state is WriteState.RESERVED]
         self.given_up(lease, unbegun, "close")
-        lease.shelf.index.unpin_all(lease.pins)
+        lease.shelf.index.offers.unpin_all(lease.pins)
         lease.pins.clear()

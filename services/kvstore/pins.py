@@ -81,7 +81,7 @@ class Pins:
         before = self._pins.pop(name, None)
         last = int(slots[-1])
         self._pins[name] = Pin(shelf, slots, shelf.index.sequence(last), self._clock() + for_s)
-        shelf.index.pin(last)
+        shelf.index.offers.pin(last)
         if len(self._pins) > PINS_MAX or self.kept_bytes > SHARE_MAX * self._space.budget_bytes:
             self._let_go(self._pins.pop(name))
             if before is not None:
@@ -113,7 +113,7 @@ class Pins:
         return pin.shelf.index.key(last) is not None and pin.shelf.index.sequence(last) == pin.sequence
 
     def _let_go(self, pin: Pin) -> None:
-        pin.shelf.index.unpin(int(pin.slots[-1]))
+        pin.shelf.index.offers.unpin(int(pin.slots[-1]))
 
     def _kept(self, shelf: Shelf) -> int:
         return len({slot for pin in self._pins.values() if pin.shelf is shelf for slot in pin.slots.tolist()})

@@ -62,13 +62,13 @@ async def remove_namespace(store: Store, namespace: Namespace) -> Removed:
     shelf = store.space.shelves.get(namespace)
     if shelf is None:
         return Removed()
-    evicted, freed_bytes = await store.space.clear(shelf)
+    evicted, freed_bytes = await store.space.changes.clear(shelf)
     rest = await remove_coldest(store, namespace, BLOCKS_MAX)
     return Removed(evicted + rest.evicted, len(shelf.index), freed_bytes)
 
 
 def _may_go(shelf: Shelf, slot: int) -> bool:
-    return shelf.index.evictable(slot) and shelf.place(slot)[0].writable
+    return shelf.index.offers.evictable(slot) and shelf.place(slot)[0].writable
 
 
 def _shelves(store: Store, namespace: Namespace | None) -> list[Shelf]:

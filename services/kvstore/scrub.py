@@ -24,7 +24,8 @@ from common.logs import Log
 from services.kvstore import file_calls
 from services.kvstore.record import PAGE_BYTES, SlotHeader, decode_slot
 from services.kvstore.segment import CorruptPayload, Segment
-from services.kvstore.shelf import Shelf, SlotState
+from services.kvstore.shelf import Shelf
+from services.kvstore.slot_states import SlotState
 from services.kvstore.store import Store
 
 log = Log("scrub")
@@ -135,11 +136,11 @@ class Scrub:
         verify = partial(_verify, segment, within, key, sequence, checksum)
         reading = asyncio.create_task(self._store.file_calls.run(segment.disk, verify))
         self._hanging.add(segment.disk)
-        index.pin(slot)
+        index.offers.pin(slot)
 
         def read(_: object) -> None:
             self._hanging.discard(segment.disk)
-            index.unpin(slot)
+            index.offers.unpin(slot)
 
         reading.add_done_callback(read)
         await asyncio.wait([reading], timeout=file_calls.LATE_S)

@@ -1,7 +1,7 @@
 """The kvstore's gRPC face: protobuf to the domain and back, every bound checked here."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import msgspec
@@ -57,7 +57,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServicer):
             terms = Terms(request.tenant, min(request.keep_s, KEEP_S_MAX))
             reserved = await self._store.reserve(namespace, offers, _seconds(request.lease_ms), terms)
             return pb.ReserveReply(
-                admissions=[pb.Admission.Name(admission) for admission in reserved.admissions],
+                admissions=cast("list[pb.Admission]", reserved.admissions),  # the same numbers
                 token=reserved.token or b"",
                 ttl_ms=round(reserved.ttl_s * 1000),
                 endpoint=self._endpoint_pb(),

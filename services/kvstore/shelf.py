@@ -1,21 +1,12 @@
 """One namespace: its segments, its slots and what each of them is used for, its index.
 
-A slot's life:
-
-    (segment added) -> FREE -take-> IN_FLIGHT -store-> STORED -evict-> FREE
-                                        |                 +---condemn-> ERASING -> FREE or RETIRED
-                                        +---give_back-> FREE, retire -> RETIRED
-
-`FREE` slots may still carry the header of a block that was evicted: a restart may find it again,
-whole, which is harmless. A condemned block's header is erased first, so that it isn't.
-Slots of a segment that can't be written are STORED (and pinned, as evicting gains nothing) or RETIRED.
+What a slot's life is, slot_states.py says.
 
 A slot number is `position * slots_per_segment + slot in the segment`. A segment's position counts the
 segments of the namespace over all disks; the number in its file name counts those on its own disk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import IntEnum
 
 import numpy as np
 
@@ -26,17 +17,9 @@ from services.kvstore.free_slots import FreeSlots
 from services.kvstore.index import Index
 from services.kvstore.record import Geometry
 from services.kvstore.segment import Segment
+from services.kvstore.slot_states import SlotState, SlotStates
 from services.kvstore.tenants import Tenants
 from services.kvstore.write_item import WriteItem
-
-
-class SlotState(IntEnum):
-    ABSENT = 0  # no segment has this slot number
-    FREE = 1
-    IN_FLIGHT = 2  # a write lease owns it
-    STORED = 3
-    ERASING = 4  # condemned; its header is being erased
-    RETIRED = 5  # the disk fails there, or it can't be written
 
 
 class Shelf:
@@ -60,7 +43,7 @@ class Shelf:
         self.segments: dict[int, Segment] = {}  # by position
         self.in_flight: dict[bytes, WriteItem] = {}
         self.preparing = 0  # requests that wait for space here
-        self._state = bytearray()
+        self._states = SlotStates()
         self._free = FreeSlots(lambda slot: self.place(slot)[0].disk)
 
     def __repr__(self) -> str:
@@ -75,7 +58,7 @@ class Shelf:
         return self._free.on(disk)
 
     def state(self, slot: int) -> SlotState:
-        return SlotState(self._state[slot])
+        return self._states[slot]
 
     def next_segment_number(self, disk: int, taken: Callable[[int], bool]) -> int:
         """The lowest number that no segment on `disk` has and `taken` doesn't claim."""
@@ -91,18 +74,15 @@ class Shelf:
         position = next(position for position in range(len(self.segments) + 1) if position not in self.segments)
         self.segments[position] = segment
         slots = self.segment_slots(position)
-        self._state.extend(bytes(max(0, slots.stop - len(self._state))))
+        self._states.add(slots)
         self.index.grow(slots.stop)
-        for slot in slots:
-            self._state[slot] = SlotState.RETIRED
         return slots
 
     def remove_segment(self, position: int) -> Segment:
         """Lets go of a segment whose slots are all FREE or RETIRED."""
         slots = self.segment_slots(position)
-        assert all(self._state[slot] in (SlotState.FREE, SlotState.RETIRED) for slot in slots)
+        self._states.remove(slots)
         self._free.drop(slots)
-        self._state[slots.start : slots.stop] = bytes(len(slots))
         return self.segments.pop(position)
 
     def place(self, slot: int) -> tuple[Segment, int]:
@@ -120,7 +100,7 @@ class Shelf:
     def take(self, disks: Sequence[int]) -> list[int]:
         """Free slots to write into, one on each of `disks` if there is one; fewer when there are no more."""
         slots = self._free.take(disks)
-        self._move_all(slots, SlotState.FREE, SlotState.IN_FLIGHT)
+        self._states.move_all(slots, SlotState.FREE, SlotState.IN_FLIGHT)
         return slots
 
     def evict(self, count: int = 1) -> int:
@@ -153,7 +133,7 @@ class Shelf:
     ) -> None:
         """The items' blocks are durable in their slots: visible from now on."""
         slots, keys = [item.slot for item in items], [item.key for item in items]
-        self._move_all(slots, SlotState.IN_FLIGHT, SlotState.STORED)
+        self._states.move_all(slots, SlotState.IN_FLIGHT, SlotState.STORED)
         for key in keys:
             del self.in_flight[key]
         self.index.insert_many(slots, keys, [item.parent for item in items], checksums, sequences, tenant, expires_s)
@@ -168,14 +148,14 @@ class Shelf:
         """A stored block turned out bad, or isn't wanted: it is a miss from now on. `erased` follows."""
         self.index.remove(slot)
         self._refund(slot)
-        self._move(slot, SlotState.STORED, SlotState.ERASING)
+        self._states.move(slot, SlotState.STORED, SlotState.ERASING)
 
     def condemn_coldest(self) -> int | None:
         """Condemns the block that may best go; its slot, or None when none may."""
         slot = self.index.evict()
         if slot is not None:
             self._refund(slot)
-            self._move(slot, SlotState.STORED, SlotState.ERASING)
+            self._states.move(slot, SlotState.STORED, SlotState.ERASING)
         return slot
 
     def erased(self, slot: int, *, usable: bool) -> None:
@@ -185,7 +165,7 @@ class Shelf:
     def free(self, slots: Iterable[int]) -> None:
         """While a segment is taken in: nothing of use is in these slots."""
         for slot in slots:
-            self._move(slot, SlotState.RETIRED, SlotState.FREE)
+            self._states.move(slot, SlotState.RETIRED, SlotState.FREE)
             self._free.add(slot)
 
     def store_found(self, found: Sequence[tuple[Segment, Entries]]) -> None:
@@ -193,9 +173,7 @@ class Shelf:
         starts = {id(segment): self.segment_slots(position).start for position, segment in self.segments.items()}
         entries = np.concatenate([rows for _, rows in found])
         slots = np.concatenate([rows["slot"].astype(np.int32) + starts[id(segment)] for segment, rows in found])
-        states = np.frombuffer(self._state, np.uint8)
-        assert (states[slots] == SlotState.RETIRED).all()
-        states[slots] = SlotState.STORED
+        self._states.move_all(slots, SlotState.RETIRED, SlotState.STORED)
         numbers = self.tenants.numbers(entries["tenant"])
         for number, blocks in enumerate(np.bincount(numbers).tolist()):
             if blocks:
@@ -204,14 +182,13 @@ class Shelf:
         for segment, rows in found:
             if not segment.writable:
                 for slot in rows["slot"].tolist():
-                    self.index.pin(starts[id(segment)] + slot)
+                    self.index.offers.pin(starts[id(segment)] + slot)
 
     def entries(self, position: int) -> Entries | None:
         """The blocks in a segment; None while there is a slot in it that is neither STORED nor FREE."""
         slots = self.segment_slots(position)
-        states = np.frombuffer(self._state, np.uint8)[slots.start : slots.stop]
-        within = np.flatnonzero(states == SlotState.STORED)
-        if len(within) + int((states == SlotState.FREE).sum()) != len(slots):
+        within = self._states.within(slots, SlotState.STORED)
+        if len(within) + len(self._states.within(slots, SlotState.FREE)) != len(slots):
             return None
         out = self.index.entries((within + slots.start).astype(np.int32))
         out["slot"] = within
@@ -223,22 +200,23 @@ class Shelf:
         self._free.drop(slots)
         lost = 0
         for slot in slots:
-            if self._state[slot] == SlotState.STORED:
+            state = self._states[slot]
+            if state is SlotState.STORED:
                 self.index.remove(slot)
                 self._refund(slot)
                 lost += 1
-            if self._state[slot] in (SlotState.STORED, SlotState.FREE):
-                self._state[slot] = SlotState.RETIRED
+            if state in (SlotState.STORED, SlotState.FREE):
+                self._states.move(slot, state, SlotState.RETIRED)
         return lost
 
     def seal(self, slots: range) -> None:
         """Nothing can be written to these slots any more: their blocks stay, as evicting them gains nothing."""
         self._free.drop(slots)
         for slot in slots:
-            if self._state[slot] == SlotState.STORED:
-                self.index.pin(slot)
-            elif self._state[slot] == SlotState.FREE:
-                self._state[slot] = SlotState.RETIRED
+            if self._states[slot] is SlotState.STORED:
+                self.index.offers.pin(slot)
+            elif self._states[slot] is SlotState.FREE:
+                self._states.move(slot, SlotState.FREE, SlotState.RETIRED)
 
     def segment_slots(self, position: int) -> range:
         per_segment = self.geometry.slots_per_segment
@@ -256,7 +234,7 @@ class Shelf:
             segment = self.segments[slot // self.geometry.slots_per_segment]
             assert segment.writable, f"{segment} lost slot {slot} to eviction, which gains nothing there"
             by_disk.setdefault(segment.disk, []).append(slot)
-        self._move_all(slots, SlotState.STORED, SlotState.FREE)
+        self._states.move_all(slots, SlotState.STORED, SlotState.FREE)
         for disk, freed in by_disk.items():
             self._free.add_all(disk, freed)
         for number, blocks in enumerate(np.bincount(self.index.terms.tenants(np.array(slots, np.int32))).tolist()):
@@ -269,24 +247,14 @@ class Shelf:
     def _vacate(self, slot: int, old: SlotState, *, usable: bool = True) -> None:
         """Nothing of use is in the slot any more: FREE where it can be written, else RETIRED."""
         usable = usable and self.place(slot)[0].writable
-        self._move(slot, old, SlotState.FREE if usable else SlotState.RETIRED)
+        self._states.move(slot, old, SlotState.FREE if usable else SlotState.RETIRED)
         if usable:
             self._free.add(slot)
-
-    def _move_all(self, slots: Sequence[int], old: SlotState, new: SlotState) -> None:
-        states = np.frombuffer(self._state, np.uint8)
-        at = np.array(slots, np.int32)
-        assert (states[at] == old).all(), f"of the slots {slots} some are not {old.name}"
-        states[at] = new
-
-    def _move(self, slot: int, old: SlotState, new: SlotState) -> None:
-        assert self._state[slot] == old, f"slot {slot} is {SlotState(self._state[slot]).name}, not {old.name}"
-        self._state[slot] = new
 
     def check_integrity(self) -> list[str]:
         """Every slot is accounted for once; what is wrong, in words."""
         problems = [f"{self.namespace[:8]}: {problem}" for problem in self.index.check_integrity()]
-        counts = {state: self._state.count(state) for state in SlotState}
+        counts = self._states.counts()
         stored = {slot for _, slot in self.index.stored()}
         flying = {item.slot for item in self.in_flight.values()}
         for name, slots, state in (
@@ -294,7 +262,7 @@ class Shelf:
             ("in flight", flying, SlotState.IN_FLIGHT),
             ("free", set(self._free), SlotState.FREE),
         ):
-            if len(slots) != counts[state] or any(self._state[slot] != state for slot in slots):
+            if len(slots) != counts[state] or any(self._states[slot] is not state for slot in slots):
                 problems.append(f"{self.namespace[:8]}: {len(slots)} slots are {name}, {counts[state]} marked {state.name}")
         if len(self._free) != len(set(self._free)):
             problems.append(f"{self.namespace[:8]}: a slot is free twice")

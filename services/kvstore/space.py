@@ -10,18 +10,17 @@ Invariants:
   never exceed its share of the budget (a share that shrank is met at start by dropping the coldest segments).
 - A segment with a leased block, or with a leased block's ancestor, is never taken.
 - Nothing is written to a disk that isn't SERVING.
-- A disk on which a file is made or removed for longer than `PATIENCE_S` is set aside: the others' turns come, and its own end in their time.
 """
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 from common.blocks import Namespace
 from common.logs import Log
 from common.storage import BlockMeta
 from services.kvstore.checkpoint import footprint_bytes, slots_that_fit
+from services.kvstore.coldest import coldest_segment
 from services.kvstore.disk import OWN_FILES_BYTES, Disk, DiskState
 from services.kvstore.eviction import NewcomersFirst
 from services.kvstore.file_calls import FileCalls
@@ -29,21 +28,13 @@ from services.kvstore.files import Files
 from services.kvstore.metrics import Metrics
 from services.kvstore.record import PAGE_BYTES, SLOTS_MAX, Geometry
 from services.kvstore.segment import Segment
+from services.kvstore.segment_changes import SegmentChanges
 from services.kvstore.segment_files import SegmentFiles
-from services.kvstore.shelf import Shelf, SlotState
+from services.kvstore.shelf import Shelf
 from services.kvstore.tenants import Tenants
 
 log = Log("space")
-COMPARE_PAUSE_S = 5.0  # comparing namespaces looks at every block of the others
-PATIENCE_S = 1.0  # making a segment takes milliseconds
 SEGMENTS_PER_BUDGET = 8  # a segment is at most this fraction, so that namespaces can share a small budget
-
-
-class Heat(NamedTuple):
-    """How hot a segment is: by the hottest block that would go with it, descendants elsewhere included, then by their number."""
-
-    tick: int
-    blocks: int
 
 
 class Space:
@@ -68,11 +59,8 @@ class Space:
         self.segment_files = SegmentFiles(files, disks, calls, clock, failed)
         self._metrics = metrics
         self._segment_bytes = segment_bytes
-        self._clock = clock
-        self._changing = asyncio.Lock()
-        self._compare_again_s = 0.0
         self._chains = itertools.count()  # where the next chain begins
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.changes = SegmentChanges(disks, self.shelves, self.segment_files, metrics, clock)
 
     @property
     def budget_bytes(self) -> int:
@@ -109,53 +97,10 @@ class Space:
         fitting = slots_that_fit(payload_bytes, share // SEGMENTS_PER_BUDGET)
         return Geometry(payload_bytes, max(1, min(SLOTS_MAX, wanted, fitting)))
 
-    def may_grow(self, shelf: Shelf) -> bool:
-        """Whether `prepare` may get a segment: in a full store of one namespace it can't, and needn't be asked."""
-        footprint = footprint_bytes(shelf.geometry)
-        return len(self.shelves) > 1 or bool(self._tasks) or any(disk.has_room(footprint) for disk in self.disks)
-
-    async def prepare(self, shelf: Shelf, slots: int) -> None:
-        """Gets free slots by new segments, as far as that is right. `take` may evict beyond.
-
-        Goes on when the caller is cancelled: a segment that was made must be accounted for.
-        """
-        if shelf.free_slots >= slots and self._narrow(shelf, slots) is None:
-            return
-        await asyncio.shield(self._begin(shelf, self._prepare(shelf, slots)))
-
-    async def settle(self) -> None:
-        """Waits until no segment is being made or removed."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
     def forget_empty(self) -> None:
         """Drops shelves that have nothing and that nobody is about to fill."""
         for namespace in [name for name, shelf in self.shelves.items() if not shelf.segments and not shelf.preparing]:
             del self.shelves[namespace]
-
-    async def _prepare(self, shelf: Shelf, slots: int) -> None:
-        async with self._changing:
-            while (disk := self._narrow(shelf, slots)) is not None:
-                await self._patiently(self._begin(shelf, self._grow(shelf, disk)))
-            while shelf.free_slots < slots:
-                roomy = [disk for disk in self.disks if disk.has_room(footprint_bytes(shelf.geometry))]
-                ready = [disk for disk in roomy if not self.segment_files.paused(disk)]
-                if ready:
-                    roomiest = max(ready, key=lambda disk: disk.budget_bytes - disk.used_bytes)
-                    await self._patiently(self._begin(shelf, self._grow(shelf, roomiest)))
-                elif roomy or not await self._take_over(shelf):
-                    return
-
-    def _narrow(self, shelf: Shelf, slots: int) -> Disk | None:
-        """A disk that has room, but not yet its part of the free slots that `slots` blocks in turn would take."""
-        serving = self.serving
-        part = -(-slots // max(1, len(serving)))
-        footprint = footprint_bytes(shelf.geometry)
-        for disk in serving:
-            room = disk.has_room(footprint) and not self.segment_files.paused(disk)
-            if room and shelf.free_on(disk.position) < part:
-                return disk
-        return None
 
     def take(self, shelf: Shelf, offers: Sequence[BlockMeta], tenant: int = 0) -> list[int]:
         """Slots for blocks, evicting if need be, of the tenant's own if it is at its quota; fewer when there is no space."""
@@ -187,12 +132,12 @@ class Space:
         """At start: drops the coldest segments until every disk's budget is met. Blocking."""
         for disk in self.disks:
             while disk.used_bytes > disk.budget_bytes:
-                chosen = self._coldest_segment(list(self.shelves.values()), disk)
+                chosen = coldest_segment(self.shelves.values(), self.disks, disk)
                 if chosen is None:
                     log.error("over_budget", folder=str(disk.folder), used_bytes=disk.used_bytes, budget_bytes=disk.budget_bytes)
                     break
                 shelf, position, _ = chosen
-                segment = self._empty_segment(shelf, position)
+                segment = self.changes.empty(shelf, position)
                 log.event("segment_dropped", path=str(segment.path), reason="over the budget")
                 self.segment_files.remove_now(segment)
 
@@ -226,84 +171,10 @@ class Space:
             if segment.disk == disk.position
         ]
 
-    async def clear(self, shelf: Shelf) -> tuple[int, int]:
-        """Removes every segment of a namespace in which, and under which, nothing is leased or on its way.
-
-        How many blocks went, and the bytes of the files.
-        """
-        async with self._changing:
-            before, freed_bytes = len(shelf.index), 0
-            for position, segment in list(shelf.segments.items()):
-                serving = self.disks[segment.disk].state is DiskState.SERVING and segment.writable
-                if serving and position in shelf.segments and _heat(shelf, position) is not None:
-                    removed = self._empty_segment(shelf, position)
-                    freed_bytes += removed.geometry.segment_bytes
-                    await self._patiently(self._begin(shelf, self.segment_files.remove(removed)))
-            return before - len(shelf.index), freed_bytes
-
     def adopt(self, shelf: Shelf, segment: Segment) -> range:
         """Takes a segment in; the numbers of its slots."""
         self.disks[segment.disk].segment_bytes += footprint_bytes(segment.geometry)
         return shelf.add_segment(segment)
-
-    async def _grow(self, shelf: Shelf, disk: Disk) -> None:
-        """A new segment on a disk; where that fails, the disk is paused or doesn't serve any more."""
-        segment = await self.segment_files.make(shelf, disk)
-        if segment is not None:
-            shelf.free(reversed(shelf.add_segment(segment)))
-
-    def _begin(self, shelf: Shelf, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work for a shelf, to its end, whether or not somebody waits for it."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        shelf.preparing += 1
-
-        def ended(_: object) -> None:
-            self._tasks.discard(task)
-            shelf.preparing -= 1
-
-        task.add_done_callback(ended)
-        return task
-
-    async def _patiently(self, work: asyncio.Task[None]) -> bool:
-        """Whether it ended in time."""
-        done, _ = await asyncio.wait([work], timeout=PATIENCE_S)
-        for one in done:
-            one.result()
-        return bool(done)
-
-    async def _take_over(self, shelf: Shelf) -> bool:
-        """Removes another namespace's segment if all in it is colder than what `shelf` would evict."""
-        own = shelf.index.coldest_tick()
-        others = [other for other in self.shelves.values() if other is not shelf]
-        if not others or (own is not None and self._clock() < self._compare_again_s):
-            return False
-        chosen = self._coldest_segment(others)
-        if chosen is None or (own is not None and chosen[2].tick >= own):
-            self._compare_again_s = self._clock() + COMPARE_PAUSE_S
-            return False
-        other, position, _ = chosen
-        segment = self._empty_segment(other, position)
-        log.event("segment_taken", path=str(segment.path), by=shelf.namespace)
-        return await self._patiently(self._begin(shelf, self.segment_files.remove(segment)))
-
-    def _coldest_segment(self, shelves: list[Shelf], disk: Disk | None = None) -> tuple[Shelf, int, Heat] | None:
-        """The coldest segment (of one disk); its position and heat."""
-        best: tuple[Shelf, int, Heat] | None = None
-        for shelf in shelves:
-            for position, segment in shelf.segments.items():
-                if self.disks[segment.disk].state is not DiskState.SERVING or disk not in (None, self.disks[segment.disk]):
-                    continue
-                heat = _heat(shelf, position)
-                if heat is not None and (best is None or heat < best[2]):
-                    best = (shelf, position, heat)
-        return best
-
-    def _empty_segment(self, shelf: Shelf, position: int) -> Segment:
-        for slot in shelf.index.subtree(_stored(shelf, position)):
-            shelf.forget(slot)
-            self._metrics.segment_evictions += 1
-        return shelf.remove_segment(position)
 
     def check_integrity(self) -> list[str]:
         """What is wrong, in words."""
@@ -315,17 +186,3 @@ class Space:
             if disk.used_bytes > disk.budget_bytes and disk.used_bytes > disk.unusable_bytes:
                 problems.append(f"{disk.folder}: {disk.used_bytes} bytes used of a budget of {disk.budget_bytes}")
         return problems
-
-
-def _stored(shelf: Shelf, position: int) -> list[int]:
-    return [slot for slot in shelf.segment_slots(position) if shelf.state(slot) is SlotState.STORED]
-
-
-def _heat(shelf: Shelf, position: int) -> Heat | None:
-    """None when something may not go."""
-    if any(shelf.state(slot) in (SlotState.IN_FLIGHT, SlotState.ERASING) for slot in shelf.segment_slots(position)):
-        return None
-    going = shelf.index.subtree(_stored(shelf, position))
-    if any(shelf.index.pinned(slot) for slot in going):
-        return None
-    return Heat(max(map(shelf.policy.tick, going), default=0), len(going))

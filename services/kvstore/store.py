@@ -178,7 +178,7 @@ class Store:
         self.leases.check_room()
         index = shelf.index
         index.touch(slots)
-        index.pin(int(slots[-1]))
+        index.offers.pin(int(slots[-1]))
         granted = ReadLease(shelf, array("i", slots.tobytes()), array("Q", index.sequences(slots).tobytes()))
         token, granted_s = self.leases.grant(granted, ttl_s)
         return Prefix(len(slots), token, granted_s)
@@ -195,8 +195,8 @@ class Store:
         shelf = self.space.shelf(namespace, length, self._ticks) if length is not None else None
         if shelf is None:
             return self._none_accepted(offers, length)
-        if self.space.may_grow(shelf):
-            await self.space.prepare(shelf, self.intake.room(shelf, offers))
+        if self.space.changes.may_grow(shelf):
+            await self.space.changes.prepare(shelf, self.intake.room(shelf, offers))
             self._refuse_while_draining()
         self.reuse.offered([offer.key for offer in offers if len(offer.key) == KEY_BYTES])
         keep_s = terms.keep_s or self.options.block_ttl_s
@@ -258,7 +258,7 @@ class Store:
         self._lease_ended.set()
         shelf = lease.shelf
         if isinstance(lease, ReadLease):
-            shelf.index.unpin(lease.slots[-1])
+            shelf.index.offers.unpin(lease.slots[-1])
             return
         self.intake.end(lease)
 
@@ -282,7 +282,7 @@ class Store:
 
     async def settle(self) -> None:
         """Waits for what the store does by itself: segments being made or removed, slots being erased."""
-        await self.space.settle()
+        await self.space.changes.settle()
         await self.checkpoints.settle()
         await self.watch.settle()
         await self.erasures.settle()

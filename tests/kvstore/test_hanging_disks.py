@@ -9,8 +9,7 @@ import pytest
 
 from common.storage import Admission
 from common.transport.interface import PartStatus
-from services.kvstore import disk_watch, file_calls
-from services.kvstore import space as space_module
+from services.kvstore import disk_watch, file_calls, segment_changes
 from services.kvstore import store as store_module
 from services.kvstore.checkpoints import QUIET_S
 from services.kvstore.disk import DiskState
@@ -82,7 +81,7 @@ async def test_writes_that_never_come_back_hold_up_no_others(tmp_path: Path, mon
 async def test_a_disk_that_hangs_while_a_segment_is_made_holds_up_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr(space_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(segment_changes, "PATIENCE_S", 0.1)
     files, release = FailingFiles(), threading.Event()
     async with rig(folders(tmp_path), three(), files=files) as one:
         await one.put(chain(1))  # the namespace's folders are there
@@ -105,7 +104,7 @@ async def test_a_disk_that_hangs_while_a_segment_is_made_holds_up_no_others(
 
 
 async def test_a_disk_that_hangs_while_a_segment_is_made_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(space_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(segment_changes, "PATIENCE_S", 0.1)
     monkeypatch.setattr(file_calls, "LATE_S", 0.1)
     files, release = FailingFiles(), threading.Event()
     async with rig(folders(tmp_path), three(), files=files) as one:
@@ -171,7 +170,7 @@ async def test_a_hanging_disk_keeps_no_blocks_from_being_scrubbed_elsewhere(
 
 async def test_a_segment_whose_removal_hangs_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the removal, when it comes, would take the new segment of that name."""
-    monkeypatch.setattr(space_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(segment_changes, "PATIENCE_S", 0.1)
     files, release = FailingFiles(), threading.Event()
     async with rig(folders(tmp_path), three(), files=files) as one:
         await one.put(chain(12, "old"))

@@ -102,9 +102,9 @@ def test_what_is_proven_stays_so_when_blocks_are_taken_in_again() -> None:
 def test_a_pinned_block_keeps_its_prefix_but_not_what_hangs_on_it() -> None:
     keys = chain(4)
     index = index_of(keys)
-    index.pin(1)
+    index.offers.pin(1)
     assert evicted(index) == [keys[3], keys[2]]
-    index.unpin(1)
+    index.offers.unpin(1)
     assert evicted(index) == [keys[1], keys[0]]
     assert index.check_integrity() == []
 
@@ -184,7 +184,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
     @rule(key=st.sampled_from(sorted(PARENT)))
     def pin(self, key: bytes) -> None:
         if key in self.slots:
-            self.index.pin(self.slots[key])
+            self.index.offers.pin(self.slots[key])
             self.pins.append(key)
 
     @precondition(lambda self: self.pins)
@@ -192,7 +192,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
     def unpin(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(self.pins))
         self.pins.remove(key)
-        self.index.unpin(self.slots[key])
+        self.index.offers.unpin(self.slots[key])
 
     @rule(keys=st.sampled_from(KEYS))
     def use(self, keys: list[bytes]) -> None:
@@ -277,10 +277,10 @@ def test_a_group_that_comes_or_goes_is_as_if_its_blocks_came_or_went_one_by_one(
     for key in group:
         one_by_one.insert(slots[key], key, PARENT[key], 7, slots[key])
     at = [slots[key] for key in group]
-    together.pin_all(at)
+    together.offers.pin_all(at)
     together.insert_many(at, group, [PARENT[key] for key in group], [7] * len(at), at)
     assert together.check_integrity() == []
-    together.unpin_all(at)
+    together.offers.unpin_all(at)
     assert together.check_integrity() == []
     assert dict(together.stored()) == dict(one_by_one.stored())
     for keys in KEYS:

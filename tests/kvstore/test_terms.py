@@ -295,7 +295,7 @@ async def test_a_pinned_block_that_turns_out_bad_goes_and_its_slot_is_not_kept(t
         one.store.erasures.condemn(shelf, slot, shelf.index.sequence(slot), "a test says so")
         await one.store.settle()
         one.store.sweep()
-        assert not len(one.store.pins) and not shelf.index.pins_total()
+        assert not len(one.store.pins) and not shelf.index.offers.pins
 
 
 # Admission

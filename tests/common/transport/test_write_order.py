@@ -24,6 +24,7 @@ class Taking(GatedArea):
     def __init__(self) -> None:
         super().__init__()
         self.committed: list[tuple[int, bytes]] = []
+        self.requests: list[int] = []  # parts of each
 
     def write_buffers(self, token: LeaseToken, parts: Sequence[Part]) -> list[memoryview | PartStatus]:
         return [memoryview(bytearray(part.length)) for part in parts]
@@ -31,6 +32,7 @@ class Taking(GatedArea):
     async def commit(
         self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview], checksums: Sequence[Checksums]
     ) -> list[PartStatus]:
+        self.requests.append(len(parts))
         self.committed += [(part.item, bytes(buffer)) for part, buffer in zip(parts, buffers, strict=True)]
         return [PartStatus.OK] * len(parts)
 
@@ -76,6 +78,22 @@ async def test_one_request_at_a_time_is_checked_here_and_copied_there(tmp_path: 
     assert statuses == [PartStatus.OK] * REQUESTS
     assert area.committed == [(i, bytes([i]) * 8) for i in range(REQUESTS)]
     assert (checking.most, copying.most) == (1, 1) and checking.passed == copying.passed == REQUESTS
+    await transport.close()
+    await server.close()
+    region.close()
+
+
+async def test_a_write_begins_with_little_unless_others_go_before_it(tmp_path: Path) -> None:
+    area, region = Taking(), Region(8 << 20)
+    server = await serve_bytes(area, shm_path=tmp_path / "s")
+    transport = await connect(server.endpoint, region, prefer="shm")
+    parts, spans = [Part(i, 0, 1 << 20) for i in range(8)], [Span(i << 20, 1 << 20) for i in range(8)]
+    for _ in range(2):
+        assert await transport.write(TOKEN, parts, spans, deadline_s=30) == [PartStatus.OK] * 8
+    assert area.requests == [2, 4, 2] * 2
+    area.requests.clear()
+    await asyncio.gather(*(transport.write(TOKEN, parts, spans, deadline_s=30) for _ in range(3)))
+    assert area.requests == [2, 4, 2, 8, 8]
     await transport.close()
     await server.close()
     region.close()
