@@ -150,10 +150,8 @@ async def service_rows(bench: Bench, folder: Path, sizes: list[int], depth: int,
     """Adds the service's rows; the plain socket's bytes per second."""
     fio, plain, received = bench.fio, PlainSocket(), []
     for size in sizes:
-        place, blocks = (
-            folder / f"service-{size}",
-            Blocks(size),
-        )  # full, each of its own size: what is written evicts and overwrites
+        # A full store for each size: what is written evicts and overwrites.
+        place, blocks = folder / f"service-{size}", Blocks(size)
         service = await Service.start(place, max(8 << 20, size * max(depth, BLOCKS_PER_READ)), FULL_BYTES, io)
         stored = await service.fill(NAMESPACE, blocks, TOTAL_BYTES // size)
         ways: dict[str, Way] = {carrier: partial(service.read, stored, carrier, size, depth) for carrier in CARRIERS}

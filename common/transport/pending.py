@@ -8,9 +8,8 @@ from common.transport.interface import PARTS_MAX, Part, PartStatus, Span
 from common.transport.region import Region
 
 BATCH_BYTES = 8 << 20  # a larger transfer is split, so that disk, wire and checks overlap
-FIRST_BYTES = (
-    2 << 20
-)  # and begins with little, so that they soon do; not a write behind others, as each request costs the peer 0.25 ms
+# And begins with little, so that they soon do; but not a write behind others: each request costs the peer 0.25 ms.
+FIRST_BYTES = 2 << 20
 
 
 def plan(
