@@ -123,9 +123,9 @@ class Together:
         self._kept = sorted(block for block in self._whole if block < self._pulls.reusable)
         lease = stage.grant(self._slots, Right.SHARE, self._in.lease_s)
         resident = self._whole.intersection(self._kept).union(range(self._held))
-        stage.await_own(lease, resident)
+        lease.await_own(resident)
         for block in self._kept:
-            stage.fill(lease, block)
+            lease.fill(block)
         legs = with_resident(self._pulls.legs, resident)
         report = await self._run(address, lease, legs)
         await asyncio.shield(stage.revoke(lease.token))  # from here on nothing is written but by us
@@ -147,7 +147,7 @@ class Together:
             pulls.left_s,
             tracing.traceparent(),
         )
-        grants = Grants(self._in.stage, lease, legs, request.route.order)
+        grants = Grants(lease, legs, request.route.order)
         report: Report | None = None
 
         def told(progress: PrefillProgress) -> None:
@@ -180,12 +180,12 @@ class Together:
                 views = self._in.views([self._slots[block] for block in batch], Form.RAW)
                 await self._in.engine.export_claimed(self._claim, batch, views)
                 for block in batch:
-                    stage.fill(lease, block)
+                    lease.fill(block)
                 blocks = blocks[count:]
         except PenstockError as error:
             self._pulls.fell(f"pool: {error.message}")
             for block in blocks:
-                stage.give_up(lease, block)
+                lease.give_up(block)
 
     async def _keep(self, token: LeaseToken) -> None:
         """Heartbeats the lease for as long as prefill works on it, or until it has ended all the same."""
