@@ -37,7 +37,7 @@ COPY_BYTES = 16 << 20  # of the pool, between two steps of the engine: a few mil
 OnFirst = Callable[[PrefillProgress], None]
 FROM_PREFILL = (
     "prefill", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s",
-    "prefill_s",
+    "prefill_s", "kept_tokens",
 )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ class Together:
             request.route.order,
             pulls.stored,
             pulls.left_s,
+            request.chain_root,
             tracing.traceparent(),
         )
         grants = Grants(lease, legs, request.route.order)
@@ -215,8 +216,9 @@ class Together:
         cached = max(0, prefill.cached_tokens // block_tokens - len(before.difference(range(self._held))))
         report.cached_tokens = cached * block_tokens
         report.computed_tokens = len(self._request.prompt) - report.cached_tokens
-        elsewhere = cached - self._held > len(self._pulls.came) or prefill.storage_to_prefill.bytes
-        there = [Source.STORAGE_TO_PREFILL] if elsewhere else []
+        kept = prefill.kept_tokens // block_tokens  # of the prompt's front, as what decode holds: the longer covers the shorter
+        elsewhere = cached - max(self._held, kept) > len(self._pulls.came) or prefill.storage_to_prefill.bytes
+        there = [Source.RESIDENT_AT_PREFILL] * bool(kept) + [Source.STORAGE_TO_PREFILL] * bool(elsewhere)
         report.plan = plan_of([*self._here(bool(self._pulls.came)), *there], self._request.route.order, by_prefill=True)
 
     def _here(self, pulled: bool) -> list[Source]:

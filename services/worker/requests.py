@@ -52,7 +52,10 @@ class DecodeRequest(msgspec.Struct, frozen=True):
 
 
 class PrefillRequest(msgspec.Struct, frozen=True):
-    """Fill `stage` with the prompt's KV and sample the first token."""
+    """Fill `stage` with the prompt's KV and sample the first token.
+
+    `chain_root`: parent of the first block's key, under which blocks are found in the worker's stage, and kept there; None: they aren't.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -62,6 +65,7 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     order: Order
     stored: Stored | None
     deadline_s: float
+    chain_root: ChainRoot | None = None
     traceparent: str = ""
 
 
@@ -75,7 +79,8 @@ class Flow(msgspec.Struct):
 class Report(msgspec.Struct):
     """What really happened, filled in as it happens. Times in seconds.
 
-    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, and what moved to and from it.
+    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, what its stage still held, and what moved
+    to and from it.
     """
 
     plan: Plan = Plan.RECOMPUTE
@@ -93,6 +98,7 @@ class Report(msgspec.Struct):
     preemptions: int = 0
     fallback: str = ""
     prefill_retries: int = 0
+    kept_tokens: int = 0
 
 
 class RequestStep(msgspec.Struct, frozen=True):

@@ -122,7 +122,7 @@ class Cluster:
         self.data = data
         self.counts = {"prefill": prefills, "decode": decodes}
         self.transport = transport
-        self.resident = resident  # whether decode keeps KV; if not, what is used again comes from the kvstore
+        self.resident = resident  # whether workers keep KV; if not, what is used again comes from the kvstore
         self.worker_flags = [*worker_flags, "--dtype", dtype, "--block-tokens", str(block_tokens), "--threads", "1"]
         # Routes by rule, however slow the machine: what is stored is loaded, by decode for short tails, else by prefill.
         self.router_flags = ["--scheduler", "paper", "--plans", "direct,storage_to_prefill,recompute", *router_flags]
@@ -188,7 +188,7 @@ class Cluster:
             "--id",
             f"{role}-{number}",
         ]
-        if role == "decode" and not self.resident:
+        if not self.resident:
             flags.append("--no-resident")
         self._spawn(f"{role}-{number}", f"services.{role}", [*flags, *self.worker_flags])
 

@@ -14,7 +14,7 @@ from common.routes import Leg, Order, Plan
 from common.transport.interface import PartStatus
 from services.decode import prefill_client
 from services.prefill.handoff import Handoff
-from services.prefill.runner import _Run
+from services.prefill.job import Job
 from tests.integration.oracle import greedy
 from tests.integration.pair import SERVERS, Answer, Pair, faults, running_pair
 from tests.integration.test_routes import BLOCKS, LENGTH, ROUTES, TOKENS, check, of_block, prompt_of
@@ -56,7 +56,7 @@ async def silent(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[N
     """Its connection stands and nothing comes."""
     with monkeypatch.context() as patched:
         patched.setattr(prefill_client, "SILENCE_S", 0.5)
-        patched.setattr(pair.runner.engine, "add", lambda new: None)
+        patched.setattr(pair.runner.means.engine, "add", lambda new: None)
         yield
 
 
@@ -91,7 +91,7 @@ async def restarting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     engine.engine.announce = engine.posting(lambda layer, blocks: computed.set())
 
     async def in_vain(handoff: Handoff) -> None:
-        if handoff._in is pair.runner.handoffs:
+        if handoff._in is pair.runner.means.handoffs:
             await asyncio.Event().wait()
         await send(handoff)
 
@@ -211,19 +211,19 @@ async def test_a_first_token_that_is_out_stays_the_first(pair: Pair, directory: 
     """The hand-over fails once the token was told: the other worker samples it too, and it is not shown again."""
     prompt = prompt_of(LENGTH)
     told = asyncio.Event()
-    honest_tell, honest_send = _Run._told_first, Handoff._send
+    honest_tell, honest_send = Job._told_first, Handoff._send
 
     def tells(run: Any, step: Any) -> None:
         honest_tell(run, step)
         told.set()
 
     async def fails_then(handoff: Any, parts: Any) -> None:
-        if handoff._in is pair.runner.handoffs:
+        if handoff._in is pair.runner.means.handoffs:
             await told.wait()
             raise TransferFailed("out of luck")
         await honest_send(handoff, parts)
 
-    monkeypatch.setattr(_Run, "_told_first", tells)
+    monkeypatch.setattr(Job, "_told_first", tells)
     monkeypatch.setattr(Handoff, "_send", fails_then)
     for tokens in (1, TOKENS):
         told.clear()

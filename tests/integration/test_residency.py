@@ -59,7 +59,7 @@ def test_a_resident_beginning_and_a_long_tail_go_through_prefill_all_the_same(
         check(directory, base, ask(cluster, base))
         prompt = base + prompt_of(600, seed=1)
         check(directory, prompt, ask(cluster, prompt))
-        assert cluster.services["router"].events("request")[-1]["route"] != "resident"
+        assert decided(cluster)["took"]["prefill"]
         again = ask(cluster, prompt)
         check(directory, prompt, again)
         assert again.cached_tokens == 656
