@@ -60,6 +60,7 @@ class Metrics:
         self._carried_out = counter("penstock:routes_carried_out", "Routes as decode reported them.", "plan", "carrier")
         self._fallbacks = counter("penstock:route_fallbacks", "Routes that decode could not carry out as asked.")
         self._retries = counter("penstock:prefill_retries", "Prefill workers asked because another one failed the request.")
+        self._kept = counter("penstock:kept_tokens", "Prompt tokens whose KV a prefill worker's stage still held.")
         moved = counter("penstock:kv_bytes", "KV bytes moved for requests.", "path")
         took = counter("penstock:kv_path_seconds", "Seconds in which requests moved KV.", "path")
         self._flows = {path: (moved.labels(model_name, path), took.labels(model_name, path)) for path in PATHS}
@@ -159,6 +160,7 @@ class Metrics:
         if report.fallback:
             self._fallbacks.inc()
         self._retries.inc(report.prefill_retries)
+        self._kept.inc(report.kept_tokens)
         for path, (moved, took) in self._flows.items():
             flow = getattr(report, path)
             if flow.bytes:

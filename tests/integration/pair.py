@@ -233,6 +233,14 @@ async def running_pair(
         await pair.check_at_rest()
 
 
+@asynccontextmanager
+async def reborn(pair: Pair, port: int) -> AsyncIterator[nodes.Node[Any]]:
+    """The pair's prefill worker as a new process has it: the same settings, and nothing of what it held."""
+    async with AsyncExitStack() as stack:
+        settings = msgspec.structs.replace(pair.prefill.settings, port=port)
+        yield await _worker("prefill", settings, pair.model, PrefillKind(), stack)
+
+
 def tiny_model(directory: Path, block_tokens: int = 16) -> LoadedModel:
     """Without kernels: their helper threads serve one engine per process, and here are two."""
     return load_model(directory, device="cpu", dtype="float32", block_tokens=block_tokens, kernels="off")

@@ -9,13 +9,16 @@ import pytest
 
 from common.blocks import Namespace, block_keys, chain_root
 from common.errors import Cancelled
-from common.routes import Leg, Order, Plan, Source
+from common.routes import PATHS, Leg, Order, Plan, Source
 from common.transport.interface import PartStatus
+from services.router.policy.plans import PLANS
 from services.worker.node import Node
+from tests.integration.asking import ask
+from tests.integration.cluster import Cluster
 from tests.integration.oracle import greedy
-from tests.integration.pair import Answer, Pair, faults, running_pair
-from tests.integration.test_alternates import breaking, refusing
-from tests.integration.test_residency import hold
+from tests.integration.pair import SERVERS, Answer, Pair, faults, reborn, running_pair
+from tests.integration.test_alternates import breaking, listen_again, refusing
+from tests.integration.test_residency import decided, hold
 from tests.integration.test_routes import TOKENS, check, of_block, prompt_of
 
 pytestmark = pytest.mark.timeout(240)
@@ -200,6 +203,22 @@ async def test_another_worker_at_that_address_holds_nothing_of_it(pair: Pair, di
         check_moved(pair, answer, prompt, prefill=prefill)
 
 
+async def test_a_worker_that_restarts_between_the_question_and_the_run_is_a_clean_miss(pair: Pair, directory: Path) -> None:
+    """It listens where the other did, and is of another epoch."""
+    stored, other = prompt_of(LENGTH), prompt_of(LENGTH, seed=1)
+    await pair.keep(stored)
+    old = pair.prefill
+    for prompt, prefill in ((stored, 8), (other, 0)):
+        await keep(pair, prompt, 8)
+        await SERVERS[old.epoch].stop(0)
+        async with reborn(pair, port=int(old.address.rpartition(":")[2])) as new:
+            assert new.epoch != old.epoch and new.address == old.address
+            answer = await pair.ask(prompt, (Leg(0, 8, KEPT),))
+        await listen_again(pair)
+        check(directory, prompt, answer)
+        check_moved(pair, answer, prompt, prefill=prefill)
+
+
 @pytest.mark.parametrize("failure", [refusing, breaking], ids=lambda f: f.__name__)
 async def test_when_the_holder_fails_another_goes_on_without_what_it_held(
     failure: Callable[..., object], pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,6 +315,35 @@ async def test_a_request_that_ends_with_prefills_token_leaves_its_blocks_too(pai
         answer = await pair.ask(prompt, (), tokens=1)
         assert answer.ids == greedy(directory, prompt, TOKENS)[0][:1]
         check_moved(pair, answer, prompt, kept=kept)
+
+
+def test_each_agent_goes_back_to_the_prefill_worker_that_holds_its_context(directory: Path, tmp_path: Path) -> None:
+    """By the estimate. Decode keeps nothing and computes nothing, and the kvstore has gone: elsewhere all must be computed."""
+    flags = ("--plans", ",".join(PLANS), "--direct-tail-tokens", "0", "--resident-timeout-ms", "5000", "--scheduler")
+    with Cluster(
+        directory, tmp_path, prefills=2, router_flags=(*flags, "round_robin"), resident=("prefill",)
+    ) as cluster:  # fmt: skip
+        talks, holders = [prompt_of(200, seed=seed) for seed in range(4)], []
+        answers = [ask(cluster, said, TOKENS) for said in talks]
+        cluster.services.pop("router").stop()
+        cluster.router_flags = [*flags, "earliest_finish"]
+        cluster.start_router()
+        cluster.kill_one("kvstore")
+        for said, answer in zip(talks, answers, strict=True):
+            blocks = len(said) // 16
+            said += [*answer.token_ids, *prompt_of(6, seed=3)]
+            again = ask(cluster, said, TOKENS)
+            assert list(again.token_ids) == greedy(directory, said, TOKENS)[0]
+            decision = decided(cluster)
+            chosen = next(candidate for candidate in decision["candidates"] if candidate["chosen"])
+            holders.append(chosen["prefill"])
+            assert decision["query"]["resident"] == {chosen["prefill"]: blocks} and not decision["query"]["stored_blocks"]
+            assert chosen["legs"] == [{"first_block": 0, "last_block": blocks, "source": "resident_at_prefill"}]
+            took = decision["took"]
+            assert took["plan"] == "resident" and took["kept_tokens"] == 16 * blocks and not took["fallback"]
+            assert [took["paths"][path]["bytes"] for path in PATHS if path.startswith("storage")] == [0, 0]
+            assert took["paths"]["prefill_to_decode"]["bytes"] and not took["paths"]["decode_to_prefill"]["bytes"]
+        assert holders[:2] == holders[2:] and len(set(holders)) == 2, "they had gone there in turn"
 
 
 @pytest.mark.parametrize("order", Order)

@@ -145,6 +145,41 @@ async def test_alternates_are_sent_along_and_those_that_were_asked_are_told_of(
         assert 'penstock:prefill_retries_total{model_name="tiny"} 1.0' in text
 
 
+async def test_what_a_prefill_worker_holds_is_asked_for_routed_and_shown(
+    start_stack: StackMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(start: pb.Start) -> AsyncIterator[pb.SequenceStep]:
+        report = pb.Report(plan="resident", prefill="prefill-0", cached_tokens=64, kept_tokens=64)
+        yield pb.SequenceStep(tokens=[pb.Token(id=70)], finish="length", report=report)
+
+    async with (
+        ScriptedPrefill().running() as prefill,
+        start_stack(prefill=(prefill.address,), direct_tail_tokens=7, resident_timeout_ms=5000) as stack,
+    ):
+        stack.decode.script, prefill.resident_blocks = script, 4
+        await stack.complete(prompt=PROMPT)
+        (leg,) = stack.decode.starts[-1].route.legs
+        assert (leg.first_block, leg.last_block, leg.source) == (0, 4, pb.RESIDENT_AT_PREFILL)
+        assert stack.decode.starts[-1].route.prefill == prefill.address
+        assert (await asked(stack))["decisions"][0]["query"]["resident"] == {prefill.address: 4}
+        assert await asyncio.to_thread(explain.main, ["--url", f"http://{stack.router.http_address}"]) == 0
+        shown = capsys.readouterr().out
+        for text in ("prefill-0 still holds 4 blocks", "[0, 4) resident_at_prefill", "prefill-0 still held 64 of these tokens"):
+            assert text in shown, shown
+        assert 'penstock:kept_tokens_total{model_name="tiny"} 64.0' in (await stack.http.get("/metrics")).text
+
+
+async def test_a_prefill_worker_that_does_not_say_what_it_holds_is_not_waited_for(start_stack: StackMaker) -> None:
+    async with (
+        ScriptedPrefill().running() as prefill,
+        start_stack(prefill=(prefill.address,), direct_tail_tokens=7, resident_timeout_ms=20) as stack,
+    ):
+        prefill.resident_blocks, prefill.silent = 4, True
+        await stack.complete(prompt=PROMPT)
+        assert not stack.decode.starts[-1].route.legs
+        assert (await asked(stack))["decisions"][0]["query"]["resident"] == {}
+
+
 async def test_estimates_their_errors_and_queues_are_in_the_metrics(start_stack: StackMaker) -> None:
     async with start_stack() as stack:
         stack.decode.load = pb.Load(prefill_tokens_per_s=50.0, read_bytes_per_s=5e6, read_queue_bytes=7, queued_tokens=3)
