@@ -14,12 +14,13 @@ from common.pb import worker_pb2 as pb
 from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
 from services.router.cluster import Basis
-from services.router.generator import Generator, Work
+from services.router.generator import Generator
 from services.router.lookup import Answer, give_back, look_up
 from services.router.placement import Route, route
 from services.router.policy.view import ClusterView, Query
 from services.router.policy.workers import Refusal, Why
 from services.router.rendezvous import ranked
+from services.router.work import Work
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
 log = Log("dispatch")

@@ -8,10 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from common.routes import PATHS, Plan
 from services.router.choice import Choice
 from services.router.policy.view import LINKS, ClusterView, Link
+from services.router.work import Work
 
 if TYPE_CHECKING:
     from services.router.cluster import Cluster
-    from services.router.generator import Work
 
 _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ITL_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40)
@@ -106,7 +106,7 @@ class Metrics:
     def moved(self) -> None:
         self._moves.inc()
 
-    def finished(self, choices: Sequence[Choice], running: int, work: "Work", seconds: float, status: str) -> None:
+    def finished(self, choices: Sequence[Choice], running: int, work: Work, seconds: float, status: str) -> None:
         """A request is over; `running` of its sequences had their first token."""
         self._running.dec(running)
         self._waiting.dec(len(choices) - running)
