@@ -12,6 +12,7 @@ import msgspec
 
 # What moves KV bytes; each is counted in reports and metrics.
 PATHS = ("storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device")
+BY_PREFILL = ("storage_to_prefill", "decode_to_prefill", "prefill_to_decode")  # those whose bytes a prefill worker moves
 
 
 class Source(StrEnum):

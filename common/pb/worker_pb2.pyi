@@ -382,17 +382,23 @@ class RunRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., order: _Optional[_Union[Order, str]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., stage: _Optional[_Union[Lease, _Mapping]] = ..., namespace: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., chain_root: _Optional[bytes] = ...) -> None: ...
 
 class RunEvent(_message.Message):
-    __slots__ = ("computed_blocks", "pull_from", "first", "finish", "stop_token", "report")
+    __slots__ = ("computed_blocks", "pull_from", "first", "finish", "stop_token", "report", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode")
     COMPUTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PULL_FROM_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TO_DECODE_FIELD_NUMBER: _ClassVar[int]
     computed_blocks: int
     pull_from: _containers.RepeatedScalarFieldContainer[int]
     first: Token
     finish: str
     stop_token: int
     report: Report
-    def __init__(self, computed_blocks: _Optional[int] = ..., pull_from: _Optional[_Iterable[int]] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+    storage_to_prefill: Flow
+    decode_to_prefill: Flow
+    prefill_to_decode: Flow
+    def __init__(self, computed_blocks: _Optional[int] = ..., pull_from: _Optional[_Iterable[int]] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ...) -> None: ...

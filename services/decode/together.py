@@ -16,12 +16,13 @@ Life (`Together.fill`):
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from common import tracing
 from common.errors import LeaseRejected, PenstockError
 from common.logs import Log
-from common.routes import Leg, Order, Source, plan_of, with_resident
+from common.routes import BY_PREFILL, Leg, Order, Source, plan_of, with_resident
 from common.transport.interface import LeaseToken
 from services.decode.filled import Filled
 from services.decode.grants import Grants
@@ -34,22 +35,32 @@ from services.worker.requests import PrefillProgress, PrefillRequest, Report, St
 
 log = Log("filling")
 COPY_BYTES = 16 << 20  # of the pool, between two steps of the engine: a few milliseconds
-OnFirst = Callable[[PrefillProgress], None]
-FROM_PREFILL = (
-    "prefill", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s",
-    "prefill_s", "kept_tokens",
-)  # fmt: skip
+
+
+class Listener(Protocol):
+    """Who is told how it goes."""
+
+    def first(self, progress: PrefillProgress) -> None:
+        """A first token was sampled; at most once."""
+        ...
+
+    def asking_another(self) -> None:
+        """A prefill worker has failed, and the next is asked, as the report says."""
+        ...
+
+
+FROM_PREFILL = ("prefill", "queue_s", "prefill_s", "kept_tokens")
 
 
 class Together:
     """One request's."""
 
-    def __init__(self, means: Means, pulls: Pulls, on_first: OnFirst, claim: Claim) -> None:
+    def __init__(self, means: Means, pulls: Pulls, listener: Listener, claim: Claim) -> None:
         self._in = means
         self._pulls = pulls
         self._request = pulls.request
         self._report = pulls.report
-        self._on_first = on_first
+        self._listener = listener
         self._claim = claim
         self._held = min(len(claim.blocks), pulls.reusable) if pulls.request.route.legs else 0  # blocks that the pool has
         self._first = PrefillProgress(0)  # with the first token, once there is one
@@ -106,6 +117,7 @@ class Together:
                     return False
                 self._report.prefill_retries += 1
                 log.warning("asking_another", request_id=self._request.id, prefill=address, left_tokens=left_tokens)
+                self._listener.asking_another()
             report = await self._by(address)
             if report is not None:
                 self._merge(report)
@@ -150,12 +162,15 @@ class Together:
         )
         grants = Grants(lease, legs, request.route.order)
         report: Report | None = None
+        last = PrefillProgress(0)
 
         def told(progress: PrefillProgress) -> None:
+            nonlocal last
+            last = progress
             grants.granted(progress.pull_from)
             if progress.first is not None and self._first.first is None:
                 self._first = progress
-                self._on_first(progress)
+                self._listener.first(progress)
 
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keep(lease.token))
@@ -169,6 +184,8 @@ class Together:
             finally:
                 keeping.cancel()
                 grants.close()
+        for path in BY_PREFILL:
+            setattr(self._report, path, getattr(self._report, path) + getattr(last, path))
         return report
 
     async def _copy_held(self, lease: Lease) -> None:

@@ -6,13 +6,13 @@ Order WHOLE loads, then computes, then hands over. In the others all three go on
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
 from common import tracing
 from common.kv_layout import KvLayout
 from common.routes import Order, Source, of_source
-from common.transport.counters import Flow as Moved
 from services.prefill.engine import PrefillEngine
 from services.prefill.handoff import Handoff, Handoffs
 from services.prefill.legs import Legs
@@ -80,7 +80,19 @@ class Job:
 
     def tell(self) -> None:
         """How far it is."""
-        self._tell(PrefillProgress(self.ledger.frontier, self._legs.pull_from))
+        self._news(pull_from=self._legs.pull_from)
+
+    def _news(self, **more: Any) -> None:
+        self._tell(PrefillProgress(self.ledger.frontier, **more, **self._flows()))
+
+    def _flows(self) -> dict[str, Any]:
+        legs, handoff = self._legs, self.handoff
+        moved = {
+            "storage_to_prefill": legs.from_storage,
+            "decode_to_prefill": legs.from_decode,
+            "prefill_to_decode": handoff.moved,
+        }
+        return {path: Flow(flow.bytes, flow.busy_s) for path, flow in moved.items()}
 
     def landed(self, blocks: Sequence[int], layers: int) -> None:
         """Layers of loaded blocks are in the stage."""
@@ -98,6 +110,14 @@ class Job:
         self._in.engine.wake()
 
     async def carry_out(self) -> None:
+        try:
+            await self._carry_out()
+        except BaseException:
+            self.tell()  # what it has moved by now
+            raise
+        self._finish()
+
+    async def _carry_out(self) -> None:
         request, whole = self.request, self.request.order is Order.WHOLE
         self._zero_tail()
         async with asyncio.TaskGroup() as group:
@@ -117,7 +137,6 @@ class Job:
             self.handoff.complete()
             await (sending or self.handoff.run())
             beating.cancel()
-        self._finish()
 
     async def _beat(self) -> None:
         """Says that the run is alive, for as long as the engine is, which looks again at what a loader was better left and did not bring."""
@@ -141,7 +160,7 @@ class Job:
         report.prefill_s = self._first_at - started
         tracing.record("queue", report.queue_s, parent)
         tracing.record("prefill", report.prefill_s, parent, tokens=len(self.request.prompt))
-        self._tell(PrefillProgress(self.ledger.frontier, (), step.tokens[0], step.finish, step.stop_token))
+        self._news(first=step.tokens[0], finish=step.finish, stop_token=step.stop_token)
 
     def _trace(self, handoff_s: float) -> None:
         """Spans of what moved; the hand-off's is what was left to send after the first token."""
@@ -161,12 +180,6 @@ class Job:
         report.computed_tokens = len(self.request.prompt) - report.cached_tokens
         report.carrier = handoff.carrier or legs.carrier
         report.fallback = legs.fallback
-        report.storage_to_prefill = flow(legs.from_storage)
-        report.decode_to_prefill = flow(legs.from_decode)
-        report.prefill_to_decode = flow(handoff.moved)
+        report = msgspec.structs.replace(report, **self._flows())
         self._trace(time.perf_counter() - self._first_at)
-        self._tell(PrefillProgress(self.ledger.frontier, report=report))
-
-
-def flow(moved: Moved) -> Flow:
-    return Flow(moved.bytes, moved.busy_s)
+        self._news(report=report)

@@ -115,8 +115,12 @@ class Cluster:
         now = time.monotonic()
         if estimate.legs:
             self.routed_at = now
-        at_prefill = prefill.account.send(estimate.of_prefill(), now) if prefill is not None else None
+        at_prefill = self.send_on(estimate, prefill)
         return decode.account.send(estimate.of_decode(tokens), now), at_prefill
+
+    def send_on(self, estimate: Estimate, prefill: Peer | None) -> Stay | None:
+        """Counts a request at a prefill worker: the route's, or the alternate that decode asks instead."""
+        return prefill.account.send(estimate.of_prefill(), time.monotonic()) if prefill is not None else None
 
     def context_tokens(self, own: int) -> int:
         """The longest prompt plus output that every serving decode worker takes."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from common import tracing
 from common.blocks import Namespace, block_keys, chain_root, reusable_blocks
-from common.clients.decode import Step
+from common.clients.decode import Report, Step
 from common.errors import ContextExceeded, Overloaded, PenstockError, Unavailable
 from common.logs import Log
 from common.pb import worker_pb2 as pb
@@ -164,6 +164,15 @@ class Dispatch:
         choice.namespace = view.namespace
         self._generator.metrics.routed(decision.plan)
         log.debug("placed", request_id=stream_id, decode=peer.id, plan=decision.plan, reason=decision.reason)
+
+    def asked_another(self, placement: Placement, report: Report) -> None:
+        """A prefill worker failed, and decode has asked the next of the route's alternates: the request waits there now."""
+        if placement.prefill_stay is not None:
+            placement.prefill_stay.ended()
+        alternates, number = placement.route.alternates, report.prefill_retries
+        address = alternates[number - 1] if 0 < number <= len(alternates) else ""
+        placement.prefill = self._generator.cluster.peer("prefill", address)
+        placement.prefill_stay = self._generator.cluster.send_on(placement.route.estimate, placement.prefill)
 
 
 def _refused(refusal: Refusal) -> PenstockError:

@@ -147,6 +147,9 @@ class Generation:
                     break
                 await self._move(choice, step.error or Unavailable(f"decode worker {placement.peer.address} gave the request up"))
                 continue
+            if step.report is not None and not step.tokens and step.finish is None:
+                self._dispatch.asked_another(placement, step.report)
+                continue
             deltas.append(self._advance(choice, placement, step))
         return deltas
 

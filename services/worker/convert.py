@@ -8,7 +8,7 @@ from common.blocks import KEY_BYTES, ChainRoot, reusable_blocks
 from common.errors import Internal, InvalidRequest, PenstockError, from_code, meaning
 from common.generation import FinishReason
 from common.pb import worker_pb2 as pb
-from common.routes import HELD, PATHS, Leg, Order, Plan, Source, problem_of
+from common.routes import BY_PREFILL, HELD, PATHS, Leg, Order, Plan, Source, problem_of
 from common.wire import (
     endpoint_from_pb,
     endpoint_to_pb,
@@ -166,9 +166,13 @@ def report_to_pb(report: Report) -> pb.Report:
 
 def report_from_pb(message: pb.Report) -> Report:
     values = {field: getattr(message, field) for field in Report.__struct_fields__}
-    flows = {path: Flow(values[path].bytes, values[path].seconds) for path in PATHS}
     plan = Plan(message.plan) if message.plan in set(Plan) else Plan.RECOMPUTE
-    return Report(**(values | flows | {"plan": plan}))
+    return Report(**(values | _flows(message, PATHS) | {"plan": plan}))
+
+
+def _flows(message: pb.Report | pb.RunEvent, paths: Iterable[str]) -> dict[str, Flow]:
+    flows = {path: getattr(message, path) for path in paths}
+    return {path: Flow(flow.bytes, flow.seconds) for path, flow in flows.items()}
 
 
 def error_to_pb(error: PenstockError) -> pb.Error:
@@ -200,6 +204,7 @@ def progress_to_pb(progress: PrefillProgress) -> pb.RunEvent:
         report=report_to_pb(progress.report) if progress.report else None,
         finish=progress.finish or "",
         stop_token=0 if progress.stop_token is None else progress.stop_token + 1,
+        **{path: pb.Flow(**msgspec.structs.asdict(getattr(progress, path))) for path in BY_PREFILL},
     )
 
 
@@ -216,4 +221,5 @@ def progress_from_pb(message: pb.RunEvent) -> PrefillProgress:
         finish,
         message.stop_token - 1 if message.stop_token else None,
         report_from_pb(message.report) if message.HasField("report") else None,
+        **_flows(message, BY_PREFILL),
     )

@@ -69,18 +69,21 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     traceparent: str = ""
 
 
-class Flow(msgspec.Struct):
+class Flow(msgspec.Struct, frozen=True):
     """What one path moved; `seconds` in which at least one transfer was under way."""
 
     bytes: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: "Flow") -> "Flow":
+        return Flow(self.bytes + other.bytes, self.seconds + other.seconds)
+
 
 class Report(msgspec.Struct):
     """What really happened, filled in as it happens. Times in seconds.
 
-    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, what its stage still held, and what moved
-    to and from it.
+    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, and what its stage still held. But what moved
+    is of all of them: of one that failed, as far as it had told.
     """
 
     plan: Plan = Plan.RECOMPUTE
@@ -116,7 +119,7 @@ class PrefillProgress(msgspec.Struct, frozen=True):
     """News of a prefill run.
 
     `first`, with `finish` and `stop_token`, comes once, `report` with the last one. `pull_from`: per leg from
-    decode, in order, the block that decode may pull from on (order MEET).
+    decode, in order, the block that decode may pull from on (order MEET). The flows: so far.
     """
 
     computed_blocks: int
@@ -125,3 +128,6 @@ class PrefillProgress(msgspec.Struct, frozen=True):
     finish: FinishReason | None = None
     stop_token: int | None = None
     report: Report | None = None
+    storage_to_prefill: Flow = Flow()
+    decode_to_prefill: Flow = Flow()
+    prefill_to_decode: Flow = Flow()
