@@ -12,15 +12,20 @@ import msgspec
 
 # What moves KV bytes; each is counted in reports and metrics.
 PATHS = ("storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device")
+BY_PREFILL = ("storage_to_prefill", "decode_to_prefill", "prefill_to_decode")  # those whose bytes a prefill worker moves
 
 
 class Source(StrEnum):
     """Where the KV of a range of blocks comes from (worker.proto Source)."""
 
-    RESIDENT = "resident"
+    RESIDENT = "resident"  # at decode
+    RESIDENT_AT_PREFILL = "resident_at_prefill"
     STORAGE_TO_DECODE = "storage_to_decode"
     STORAGE_TO_PREFILL = "storage_to_prefill"
     RECOMPUTE = "recompute"
+
+
+HELD = frozenset({Source.RESIDENT, Source.RESIDENT_AT_PREFILL})  # by a worker: nothing is loaded
 
 
 class Order(StrEnum):
@@ -56,7 +61,7 @@ class Plan(StrEnum):
     STORAGE_TO_PREFILL = "storage_to_prefill"  # prefill pulls, computes, and hands everything over
     SPLIT = "split"  # both links at once
     RECOMPUTE = "recompute"  # nothing is loaded
-    RESIDENT = "resident"  # decode's pool still has it: never decided, found there
+    RESIDENT = "resident"  # workers still have all of it: never decided, found there
     DIRECT_MEET = "direct+meet"
     STORAGE_TO_DECODE_MEET = "storage_to_decode+meet"
     STORAGE_TO_PREFILL_MEET = "storage_to_prefill+meet"
@@ -68,7 +73,7 @@ def plan_of(sources: Iterable[Source], order: Order, by_prefill: bool) -> Plan:
     sources = set(sources)
     loading = sources & {Source.STORAGE_TO_DECODE, Source.STORAGE_TO_PREFILL}
     if not loading:
-        return Plan.RESIDENT if Source.RESIDENT in sources else Plan.RECOMPUTE
+        return Plan.RESIDENT if sources & HELD else Plan.RECOMPUTE
     if len(loading) == 2:
         plan = Plan.SPLIT
     elif loading == {Source.STORAGE_TO_PREFILL}:
@@ -76,6 +81,11 @@ def plan_of(sources: Iterable[Source], order: Order, by_prefill: bool) -> Plan:
     else:
         plan = Plan.STORAGE_TO_DECODE if by_prefill else Plan.DIRECT
     return Plan(f"{plan}+meet") if order is Order.MEET else plan
+
+
+def of_source(legs: Iterable[Leg], source: Source) -> set[int]:
+    """The blocks that come from there."""
+    return {block for leg in legs if leg.source is source for block in range(leg.first_block, leg.last_block)}
 
 
 def clipped(legs: Sequence[Leg], blocks: int) -> tuple[Leg, ...]:

@@ -27,8 +27,9 @@ import torch
 from common.generation import Sampling
 from common.routes import Leg, Source
 from services.cli.make_model import Shape, tokenizer_tokens, write_model
-from services.prefill.engine import NewRun, PrefillEngine
+from services.prefill.engine import PrefillEngine
 from services.prefill.ring import Ring
+from services.prefill.run import NewRun
 from services.worker.engine.engine import Engine
 from services.worker.engine.types import LoadedKv, NewSequence
 from services.worker.ledger import Ledger

@@ -56,6 +56,7 @@ class Report(msgspec.Struct, frozen=True):
     preemptions: int = 0
     fallback: str = ""
     prefill_retries: int = 0
+    kept_tokens: int = 0
 
 
 class Step(msgspec.Struct, frozen=True):

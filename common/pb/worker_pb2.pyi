@@ -14,6 +14,7 @@ class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STORAGE_TO_DECODE: _ClassVar[Source]
     STORAGE_TO_PREFILL: _ClassVar[Source]
     RECOMPUTE: _ClassVar[Source]
+    RESIDENT_AT_PREFILL: _ClassVar[Source]
 
 class Order(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,6 +27,7 @@ RESIDENT: Source
 STORAGE_TO_DECODE: Source
 STORAGE_TO_PREFILL: Source
 RECOMPUTE: Source
+RESIDENT_AT_PREFILL: Source
 ORDER_UNSPECIFIED: Order
 FORWARD: Order
 MEET: Order
@@ -318,7 +320,7 @@ class Flow(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("plan", "cached_tokens", "computed_tokens", "prefill", "carrier", "storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s", "prefill_s", "preemptions", "fallback", "prefill_retries")
+    __slots__ = ("plan", "cached_tokens", "computed_tokens", "prefill", "carrier", "storage_to_decode", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s", "prefill_s", "preemptions", "fallback", "prefill_retries", "kept_tokens")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -334,6 +336,7 @@ class Report(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
     PREFILL_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     plan: str
     cached_tokens: int
     computed_tokens: int
@@ -349,10 +352,11 @@ class Report(_message.Message):
     preemptions: int
     fallback: str
     prefill_retries: int
-    def __init__(self, plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., carrier: _Optional[str] = ..., storage_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., host_to_device: _Optional[_Union[Flow, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., fallback: _Optional[str] = ..., prefill_retries: _Optional[int] = ...) -> None: ...
+    kept_tokens: int
+    def __init__(self, plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., carrier: _Optional[str] = ..., storage_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ..., host_to_device: _Optional[_Union[Flow, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., fallback: _Optional[str] = ..., prefill_retries: _Optional[int] = ..., kept_tokens: _Optional[int] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling", "legs", "order", "stored", "stage", "namespace", "deadline_ms", "traceparent")
+    __slots__ = ("request_id", "token_ids", "sampling", "legs", "order", "stored", "stage", "namespace", "deadline_ms", "traceparent", "chain_root")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -363,6 +367,7 @@ class RunRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_ROOT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -373,20 +378,27 @@ class RunRequest(_message.Message):
     namespace: str
     deadline_ms: int
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., order: _Optional[_Union[Order, str]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., stage: _Optional[_Union[Lease, _Mapping]] = ..., namespace: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    chain_root: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., legs: _Optional[_Iterable[_Union[Leg, _Mapping]]] = ..., order: _Optional[_Union[Order, str]] = ..., stored: _Optional[_Union[StoredPrefix, _Mapping]] = ..., stage: _Optional[_Union[Lease, _Mapping]] = ..., namespace: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., chain_root: _Optional[bytes] = ...) -> None: ...
 
 class RunEvent(_message.Message):
-    __slots__ = ("computed_blocks", "pull_from", "first", "finish", "stop_token", "report")
+    __slots__ = ("computed_blocks", "pull_from", "first", "finish", "stop_token", "report", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode")
     COMPUTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PULL_FROM_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_TO_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TO_DECODE_FIELD_NUMBER: _ClassVar[int]
     computed_blocks: int
     pull_from: _containers.RepeatedScalarFieldContainer[int]
     first: Token
     finish: str
     stop_token: int
     report: Report
-    def __init__(self, computed_blocks: _Optional[int] = ..., pull_from: _Optional[_Iterable[int]] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+    storage_to_prefill: Flow
+    decode_to_prefill: Flow
+    prefill_to_decode: Flow
+    def __init__(self, computed_blocks: _Optional[int] = ..., pull_from: _Optional[_Iterable[int]] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., storage_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., decode_to_prefill: _Optional[_Union[Flow, _Mapping]] = ..., prefill_to_decode: _Optional[_Union[Flow, _Mapping]] = ...) -> None: ...

@@ -201,6 +201,11 @@ class PrefillStub:
                 request_serializer=worker__pb2.RunRequest.SerializeToString,
                 response_deserializer=worker__pb2.RunEvent.FromString,
                 _registered_method=True)
+        self.Resident = channel.unary_unary(
+                '/penstock.worker.v1.Prefill/Resident',
+                request_serializer=worker__pb2.ResidentRequest.SerializeToString,
+                response_deserializer=worker__pb2.ResidentReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/penstock.worker.v1.Prefill/Describe',
                 request_serializer=worker__pb2.DescribeRequest.SerializeToString,
@@ -213,6 +218,13 @@ class PrefillServicer:
 
     def Run(self, request, context):
         """Fills a decode worker's stage and returns the first token. Cancelling the call cancels the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resident(self, request, context):
+        """How much of a chain the stage holds at this moment. A hint, as decode's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +243,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=worker__pb2.RunRequest.FromString,
                     response_serializer=worker__pb2.RunEvent.SerializeToString,
+            ),
+            'Resident': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resident,
+                    request_deserializer=worker__pb2.ResidentRequest.FromString,
+                    response_serializer=worker__pb2.ResidentReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -265,6 +282,33 @@ class Prefill:
             '/penstock.worker.v1.Prefill/Run',
             worker__pb2.RunRequest.SerializeToString,
             worker__pb2.RunEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resident(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.worker.v1.Prefill/Resident',
+            worker__pb2.ResidentRequest.SerializeToString,
+            worker__pb2.ResidentReply.FromString,
             options,
             channel_credentials,
             insecure,

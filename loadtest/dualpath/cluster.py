@@ -58,8 +58,8 @@ class Cluster:
                 "--model", str(self._model), "--bytes-host", self._address(worker, Network.COMPUTE), "--transport", "tcp",
                 "--block-tokens", str(setup.block_tokens), "--device", device(setup, number), "--threads", "1",
                 "--pool-bytes", str(setup.pool_bytes), "--stage-bytes", str(setup.stage_bytes), *self._where(worker), *self._mode.workers,
-                # What decode still holds of an earlier turn would come over no link, and the links are what is measured.
-                *(["--no-resident"] if worker.startswith("decode") else []),
+                # What workers still hold of an earlier turn would come over no link, and the links are what is measured.
+                "--no-resident",
             ])  # fmt: skip
         self._start_router(self._mode)
         for name in [name for name in self.processes if name != "nats"]:

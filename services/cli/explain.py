@@ -119,6 +119,7 @@ def _took(took: Mapping[str, Any] | None) -> list[str]:
         lines[0] += f"; carried out as {took['plan']}, {took['cached_tokens']:,} tokens not computed again"
         lines.append(f"  queue {_seconds(took['queue_s'])}, prefill {_seconds(took['prefill_s'])}")
         lines += [f"  {_path(name, flow)}" for name, flow in took["paths"].items() if flow["bytes"]]
+        lines += [f"  {took['prefill']} still held {took['kept_tokens']:,} of these tokens"] if took["kept_tokens"] else []
         lines += [f"  fell back: {took['fallback']}"] if took["fallback"] else []
         if took["prefill_retries"]:
             lines.append(

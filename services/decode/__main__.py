@@ -11,7 +11,7 @@ async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
     from services.decode.worker import DecodeKind  # brings torch, which --help and a wrong flag do without
     from services.worker.node import serve_worker
 
-    await serve_worker("decode", settings, stop, DecodeKind(resident=settings.resident))
+    await serve_worker("decode", settings, stop, DecodeKind())
 
 
 if __name__ == "__main__":

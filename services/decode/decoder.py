@@ -52,6 +52,19 @@ class Live:
         self.loading: asyncio.Task[None] | None = None  # what still loads while the engine computes
         self.ended = False
 
+    def first(self, progress: PrefillProgress) -> None:
+        """Sends prefill's first token on, while KV is still on its way; one that ends the request waits for the report."""
+        assert progress.first is not None and not self.first_seen
+        self.first_seen = True
+        tracing.record("first_token", time.perf_counter() - self.began, self.request.traceparent)
+        if progress.finish is not FinishReason.STOP and self.request.sampling.max_tokens > 1:
+            self.emit(RequestStep(self.request.id, (progress.first,)))
+
+    def asking_another(self) -> None:
+        """The router counts the request at the prefill worker that has it, until there is a token."""
+        if not self.first_seen:
+            self.emit(RequestStep(self.request.id, report=self.report))
+
     def __repr__(self) -> str:
         return f"Live({self.key}, first_seen={self.first_seen}, ended={self.ended})"
 
@@ -179,7 +192,7 @@ class Decoder:
             or blocks < max((leg.last_block for leg in request.route.legs), default=0)
             or self._by_prefill(request, blocks)
         ):
-            return await self._filler.fill(request, live.report, lambda progress: self._first(live, progress), claim)
+            return await self._filler.fill(request, live.report, live, claim)
         await self._filler.decline(request)
         live.report.plan = Plan.RESIDENT
         return Filled(stored_blocks=min(blocks, request.route.stored.blocks if request.route.stored else 0))
@@ -222,14 +235,6 @@ class Decoder:
         chain = self._chain(live, filled, filled.drop, filled.slots)
         self._writer.offer(chain, filled.kv.tokens if filled.kv else 0)
         self._writer.finish(chain)
-
-    def _first(self, live: Live, progress: PrefillProgress) -> None:
-        """Sends prefill's first token on, while KV is still on its way; one that ends the request waits for the report."""
-        assert progress.first is not None and not live.first_seen
-        live.first_seen = True
-        tracing.record("first_token", time.perf_counter() - live.began, live.request.traceparent)
-        if progress.finish is not FinishReason.STOP and live.request.sampling.max_tokens > 1:
-            live.emit(RequestStep(live.request.id, (progress.first,)))
 
     def _first_ends(self, live: Live, filled: Filled) -> bool:
         """Whether prefill's token, the first, is also the last."""

@@ -16,7 +16,7 @@ from common.routes import Leg, Order, Plan, Source, plan_of
 from services.decode.filled import Filled, Shares
 from services.decode.means import Means, prefix
 from services.decode.pulls import Pulls
-from services.decode.together import OnFirst, Together
+from services.decode.together import Listener, Together
 from services.worker.engine.meeting import Meeting
 from services.worker.engine.types import Claim, LoadedKv
 from services.worker.ledger import Ledger
@@ -30,8 +30,8 @@ class Filler:
     def __init__(self, means: Means) -> None:
         self._in = means
 
-    async def fill(self, request: DecodeRequest, report: Report, on_first: OnFirst, claim: Claim) -> Filled:
-        """`on_first` is called once, if prefill samples a first token. What the pool holds of the prompt is claimed.
+    async def fill(self, request: DecodeRequest, report: Report, listener: Listener, claim: Claim) -> Filled:
+        """What the pool holds of the prompt is claimed.
 
         Raises Overloaded when the stage has no room now.
         """
@@ -42,7 +42,7 @@ class Filler:
         filled = Filled()
         try:
             if route.prefill and not request.output:
-                filled = await Together(self._in, pulls, on_first, claim).fill()
+                filled = await Together(self._in, pulls, listener, claim).fill()
             else:
                 filled = await _Alone(self._in, pulls).fill(held)
         finally:

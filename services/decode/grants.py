@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from common.routes import Leg, Order, Source
 from services.worker.lease import Lease
 from services.worker.loading import BLOCKS_PER_READ
-from services.worker.stage import Stage
 
 
 class Grants:
@@ -20,8 +19,7 @@ class Grants:
     Invariant: an item is awaited of us, in the lease, from its grant until it landed.
     """
 
-    def __init__(self, stage: Stage, lease: Lease, legs: Sequence[Leg], order: Order) -> None:
-        self._stage = stage
+    def __init__(self, lease: Lease, legs: Sequence[Leg], order: Order) -> None:
         self._lease = lease
         self._legs = [leg for leg in legs if leg.source is Source.STORAGE_TO_DECODE]
         self._from = [leg.last_block for leg in self._legs]  # granted so far: [this, leg.last_block)
@@ -58,11 +56,11 @@ class Grants:
 
     def landed(self, came: Sequence[int], failed: Sequence[int]) -> None:
         for block in came:
-            self._stage.fill(self._lease, block)
+            self._lease.fill(block)
         for block in failed:
-            self._stage.give_up(self._lease, block)
+            self._lease.give_up(block)
 
     def _grant(self, blocks: Sequence[int]) -> None:
-        self._stage.await_own(self._lease, blocks)
+        self._lease.await_own(blocks)
         self._batches.extend(blocks[at : at + BLOCKS_PER_READ] for at in range(0, len(blocks), BLOCKS_PER_READ))
         self._news.set()

@@ -14,6 +14,7 @@ from services.worker.loading import Batches, Form, Pull, Reader, Stored, in_orde
 from services.worker.requests import DecodeRequest, Flow, Report
 
 log = Log("filling")
+INSTEAD = {Source.RESIDENT: Source.STORAGE_TO_DECODE, Source.RESIDENT_AT_PREFILL: Source.STORAGE_TO_PREFILL}
 Landed = Callable[[Sequence[int], Sequence[int]], None]
 
 
@@ -22,7 +23,7 @@ class Pulls:
 
     Attributes:
         stored: the stored prefix, cut so that at least one token is left to compute; None: nothing is stored.
-        legs: where the route has stored blocks come from. What it thinks resident is loaded here where it is not.
+        legs: where the route has stored blocks come from. What it thinks held is loaded by the worker that turns out not to hold it.
         came: blocks that were pulled. `failed`: blocks that were tried and did not come.
         moved: bytes and busy seconds of all pulls.
     """
@@ -45,11 +46,8 @@ class Pulls:
         return msgspec.structs.replace(stored, blocks=blocks) if stored is not None and blocks else None
 
     def _loadable(self, legs: Sequence[Leg]) -> tuple[Leg, ...]:
-        def source(leg: Leg) -> Source:
-            return Source.STORAGE_TO_DECODE if leg.source is Source.RESIDENT else leg.source
-
         stored = clipped(legs, self.stored.blocks) if self.stored is not None else ()
-        return tuple(Leg(leg.first_block, leg.last_block, source(leg)) for leg in stored)
+        return tuple(Leg(leg.first_block, leg.last_block, INSTEAD.get(leg.source, leg.source)) for leg in stored)
 
     @property
     def flow(self) -> Flow:

@@ -16,12 +16,13 @@ Life (`Together.fill`):
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from common import tracing
 from common.errors import LeaseRejected, PenstockError
 from common.logs import Log
-from common.routes import Leg, Order, Source, plan_of, with_resident
+from common.routes import BY_PREFILL, Leg, Order, Source, plan_of, with_resident
 from common.transport.interface import LeaseToken
 from services.decode.filled import Filled
 from services.decode.grants import Grants
@@ -34,22 +35,32 @@ from services.worker.requests import PrefillProgress, PrefillRequest, Report, St
 
 log = Log("filling")
 COPY_BYTES = 16 << 20  # of the pool, between two steps of the engine: a few milliseconds
-OnFirst = Callable[[PrefillProgress], None]
-FROM_PREFILL = (
-    "prefill", "storage_to_prefill", "decode_to_prefill", "prefill_to_decode", "host_to_device", "queue_s",
-    "prefill_s",
-)  # fmt: skip
+
+
+class Listener(Protocol):
+    """Who is told how it goes."""
+
+    def first(self, progress: PrefillProgress) -> None:
+        """A first token was sampled; at most once."""
+        ...
+
+    def asking_another(self) -> None:
+        """A prefill worker has failed, and the next is asked, as the report says."""
+        ...
+
+
+FROM_PREFILL = ("prefill", "queue_s", "prefill_s", "kept_tokens")
 
 
 class Together:
     """One request's."""
 
-    def __init__(self, means: Means, pulls: Pulls, on_first: OnFirst, claim: Claim) -> None:
+    def __init__(self, means: Means, pulls: Pulls, listener: Listener, claim: Claim) -> None:
         self._in = means
         self._pulls = pulls
         self._request = pulls.request
         self._report = pulls.report
-        self._on_first = on_first
+        self._listener = listener
         self._claim = claim
         self._held = min(len(claim.blocks), pulls.reusable) if pulls.request.route.legs else 0  # blocks that the pool has
         self._first = PrefillProgress(0)  # with the first token, once there is one
@@ -106,6 +117,7 @@ class Together:
                     return False
                 self._report.prefill_retries += 1
                 log.warning("asking_another", request_id=self._request.id, prefill=address, left_tokens=left_tokens)
+                self._listener.asking_another()
             report = await self._by(address)
             if report is not None:
                 self._merge(report)
@@ -123,9 +135,9 @@ class Together:
         self._kept = sorted(block for block in self._whole if block < self._pulls.reusable)
         lease = stage.grant(self._slots, Right.SHARE, self._in.lease_s)
         resident = self._whole.intersection(self._kept).union(range(self._held))
-        stage.await_own(lease, resident)
+        lease.await_own(resident)
         for block in self._kept:
-            stage.fill(lease, block)
+            lease.fill(block)
         legs = with_resident(self._pulls.legs, resident)
         report = await self._run(address, lease, legs)
         await asyncio.shield(stage.revoke(lease.token))  # from here on nothing is written but by us
@@ -145,16 +157,20 @@ class Together:
             request.route.order,
             pulls.stored,
             pulls.left_s,
+            request.chain_root,
             tracing.traceparent(),
         )
-        grants = Grants(self._in.stage, lease, legs, request.route.order)
+        grants = Grants(lease, legs, request.route.order)
         report: Report | None = None
+        last = PrefillProgress(0)
 
         def told(progress: PrefillProgress) -> None:
+            nonlocal last
+            last = progress
             grants.granted(progress.pull_from)
             if progress.first is not None and self._first.first is None:
                 self._first = progress
-                self._on_first(progress)
+                self._listener.first(progress)
 
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keep(lease.token))
@@ -168,6 +184,8 @@ class Together:
             finally:
                 keeping.cancel()
                 grants.close()
+        for path in BY_PREFILL:
+            setattr(self._report, path, getattr(self._report, path) + getattr(last, path))
         return report
 
     async def _copy_held(self, lease: Lease) -> None:
@@ -180,12 +198,12 @@ class Together:
                 views = self._in.views([self._slots[block] for block in batch], Form.RAW)
                 await self._in.engine.export_claimed(self._claim, batch, views)
                 for block in batch:
-                    stage.fill(lease, block)
+                    lease.fill(block)
                 blocks = blocks[count:]
         except PenstockError as error:
             self._pulls.fell(f"pool: {error.message}")
             for block in blocks:
-                stage.give_up(lease, block)
+                lease.give_up(block)
 
     async def _keep(self, token: LeaseToken) -> None:
         """Heartbeats the lease for as long as prefill works on it, or until it has ended all the same."""
@@ -215,8 +233,9 @@ class Together:
         cached = max(0, prefill.cached_tokens // block_tokens - len(before.difference(range(self._held))))
         report.cached_tokens = cached * block_tokens
         report.computed_tokens = len(self._request.prompt) - report.cached_tokens
-        elsewhere = cached - self._held > len(self._pulls.came) or prefill.storage_to_prefill.bytes
-        there = [Source.STORAGE_TO_PREFILL] if elsewhere else []
+        kept = prefill.kept_tokens // block_tokens  # of the prompt's front, as what decode holds: the longer covers the shorter
+        elsewhere = cached - max(self._held, kept) > len(self._pulls.came) or prefill.storage_to_prefill.bytes
+        there = [Source.RESIDENT_AT_PREFILL] * bool(kept) + [Source.STORAGE_TO_PREFILL] * bool(elsewhere)
         report.plan = plan_of([*self._here(bool(self._pulls.came)), *there], self._request.route.order, by_prefill=True)
 
     def _here(self, pulled: bool) -> list[Source]:

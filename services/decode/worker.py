@@ -31,13 +31,10 @@ WRITE_DRAIN_S = 5.0
 
 
 class DecodeKind:
-    """A decode worker's KV is copied from its stage into its pool, where it is kept for reuse if `resident`."""
+    """A decode worker's KV is copied from its stage into its pool, where it is kept for reuse if the settings say so."""
 
     send_slots = 16  # for write-back
     stage_size = BESIDE_A_POOL
-
-    def __init__(self, *, resident: bool) -> None:
-        self._resident = resident
 
     def context_tokens(self, settings: WorkerSettings, model: LoadedModel) -> int:
         """The model's, or what the pool holds if that is less."""
@@ -58,7 +55,7 @@ class DecodeKind:
         return engine
 
     def role(self, node: Node[Any]) -> "DecodeWorker":
-        return DecodeWorker(node, resident=self._resident)
+        return DecodeWorker(node)
 
 
 def calibrated(engine: Engine, longest: int) -> None:
@@ -76,7 +73,7 @@ def calibrated(engine: Engine, longest: int) -> None:
 class DecodeWorker:
     """Life: runs, drains (`drain`), is done."""
 
-    def __init__(self, node: Node[Engine], *, resident: bool) -> None:
+    def __init__(self, node: Node[Engine]) -> None:
         layout = node.model.layout
         self._node = node
         self._prefills = PrefillPeers(node.model.namespace)
@@ -95,7 +92,7 @@ class DecodeWorker:
             node.engine,
         )
         self.decoder = Decoder(
-            node.engine, Filler(means), self._writer, layout.block_tokens, node.requests_max, resident=resident
+            node.engine, Filler(means), self._writer, layout.block_tokens, node.requests_max, resident=node.settings.resident
         )
 
     def on_step(self, result: StepResult) -> None:

@@ -3,7 +3,7 @@
 Synchronous, owned by one thread (services/worker/engine/loop.py). A step is
 
     plan          runs whose next blocks can be computed, those soonest due first, to a quota of compute time (quota.py)
-    run           one forward pass; at each layer `_Gate` first waits for that layer of the prefixes, then says that
+    run           one forward pass; at each layer the gate (gate.py) first waits for that layer of the prefixes, then says that
                   the layer of what was computed is there
     postprocess   a run whose last token was computed samples its first output token and ends
 
@@ -16,102 +16,27 @@ again when its prefix is whole.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 
 from common.errors import Internal, InvalidRequest, Overloaded, PenstockError
 from common.generation import FinishReason
 from common.runs import QueuedRun, due_s
+from services.prefill.gate import Announce, NobodyLeft, StepGate
 from services.prefill.layerwise import Layerwise
 from services.prefill.quota import Quota, attention_tokens, cost, fitting
+from services.prefill.run import NewRun, Piece, Run
 from services.worker.engine import admission
 from services.worker.engine.allocator import blocks_for
 from services.worker.engine.forward import Forward
 from services.worker.engine.sampling import Sampled
 from services.worker.engine.scheduler import Chunk
-from services.worker.engine.sequence import Sequence
 from services.worker.engine.types import Claim, EngineLoad, NewSequence, SequenceStep, StepResult
-from services.worker.ledger import Ledger, Loader, Wait
+from services.worker.ledger import Loader
 from services.worker.model import LoadedModel
 
 log = logging.getLogger(__name__)
-
-LATE_S = 0.25  # how long a batch waits for one run's layer
-LATE_ALONE_S = 5.0  # the same with nobody else in the batch
-
-
-class NewRun(NewSequence, frozen=True, kw_only=True):
-    """A prompt to compute. `slots`: stage slots of its blocks, all of them; `ledger`: which of them are there."""
-
-    slots: Items[int]
-    ledger: Ledger
-
-
-class Run:
-    """One run while it is live.
-
-    Attributes:
-        layers_wanted: layers that its prefix must have before it is planned: one, or all once it came late.
-    """
-
-    def __init__(self, new: NewRun, arrival: int) -> None:
-        self.sequence = Sequence(new, arrival)
-        self.sequence.blocks = list(new.slots)
-        self.ledger = new.ledger
-        self.layers_wanted = 1
-        self.came_s = time.monotonic()
-
-
-@dataclass(slots=True)
-class Piece:
-    """A run's part of one step: blocks `blocks` are computed."""
-
-    run: Run
-    chunk: Chunk
-    blocks: range
-    broken: bool = False
-
-
-Announce = Callable[[int, Items[tuple[str, range]]], None]
-
-
-class _NobodyLeft(Exception):
-    """Every piece of the step is broken: the rest of the forward pass is for nobody."""
-
-
-class _Gate:
-    """Waits for the prefixes of a step's pieces, and announces what was computed (layerwise.Gate).
-
-    Attributes:
-        waited_s: for layers that had not come yet: it says nothing of how fast this engine computes.
-    """
-
-    def __init__(self, pieces: Items[Piece], layers: int, announce: Announce) -> None:
-        self._pieces = pieces
-        self._layers = layers
-        self._announce = announce
-        self._wait_s = LATE_S if len(pieces) > 1 else LATE_ALONE_S
-        self.waited_s = 0.0
-
-    def before(self, layer: int) -> None:
-        began = time.monotonic()
-        deadline = began + self._wait_s
-        for piece in self._pieces:
-            if piece.broken:
-                continue
-            outcome = piece.run.ledger.wait(piece.blocks.start, layer, deadline)
-            piece.broken = outcome is not Wait.READY
-            if outcome is Wait.LATE:
-                piece.run.layers_wanted = self._layers
-        self.waited_s += time.monotonic() - began
-        if all(piece.broken for piece in self._pieces):
-            raise _NobodyLeft
-
-    def after(self, layer: int) -> None:
-        self._announce(layer, [(piece.run.sequence.id, piece.blocks) for piece in self._pieces if not piece.broken])
 
 
 class PrefillEngine:
@@ -176,7 +101,7 @@ class PrefillEngine:
         self._live[new.id] = Run(new, self._arrivals)
 
     def give_up(self, claim: Claim) -> None:
-        assert not claim.blocks, "nothing is resident here"
+        assert not claim.blocks, "there is no pool here"
 
     def cancel(self, run_id: str) -> None:
         """Forgets a run; from here on its slots are neither read nor written. Unknown ids are ignored."""
@@ -261,14 +186,14 @@ class PrefillEngine:
         return Piece(run, Chunk(run.sequence, start, min(taken.stop * step, length)), taken)
 
     def _run(self, pieces: list[Piece]) -> dict[str, Sampled]:
-        gate, began = _Gate(pieces, self.model.layout.layers, self.announce), time.perf_counter()
+        gate, began = StepGate(pieces, self.model.layout.layers, self.announce), time.perf_counter()
         try:
             with self._layerwise.through(gate):
                 outcome = self._forward.run([piece.chunk for piece in pieces])
             computing_s = time.perf_counter() - began - gate.waited_s
             self._quota.measured([(piece.chunk.start, piece.chunk.end) for piece in pieces], computing_s)
             return outcome
-        except _NobodyLeft:
+        except NobodyLeft:
             return {}
         except Exception as error:
             log.exception("a step over %d runs", len(pieces))
@@ -288,7 +213,7 @@ class PrefillEngine:
         if sampled is None:
             return SequenceStep(sequence.id, computed=frontier, started_at=started_at)
         if sampled.token is None:
-            self._layerwise.scrub(sequence.blocks)
+            self._layerwise.scrub(run.own_slots)
             self._fail(run, Internal("the model gave logits that are not finite"))
             return None
         del self._live[sequence.id]

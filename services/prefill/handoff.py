@@ -6,7 +6,7 @@ is sent once, also when its block had to be computed again: decode keeps what it
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from common.errors import LeaseRejected, TransferFailed
 from common.kv_layout import KvLayout
@@ -52,7 +52,7 @@ class Handoff:
         self.moved = Moved()
         self.carrier = ""
 
-    def ready(self, blocks: Sequence[int], layers: int) -> None:
+    def ready(self, blocks: Iterable[int], layers: int) -> None:
         """The leading `layers` layers of these blocks can be sent."""
         for block in blocks:
             if layers > self._ready[block]:

@@ -4,6 +4,8 @@ A leg from SSD is pulled in full blocks, and every block goes on to decode as it
 what it pulls, is read layer by layer. A block that decode can't give is pulled from SSD here; one that SSD can't give is left
 to compute.
 
+What the stage held before the run is there already, and no loader's. It is handed to decode, unless decode has it too.
+
 Orders FORWARD and WHOLE: each leg is claimed at once and comes from its front. Order MEET: a leg from SSD is claimed from its
 end, a batch at a time, until it meets what the engine has claimed; `pull_from` says how far, for decode to pull no further.
 """
@@ -16,6 +18,7 @@ from common.routes import Leg, Order, Source
 from common.transport.counters import Flow as Moved
 from services.prefill.handoff import Handoff
 from services.prefill.pulling import PeerPull, PeerReader
+from services.prefill.run_slots import RunSlots
 from services.worker.ledger import Ledger
 from services.worker.loading import Batches, Pull, Reader, from_back, in_order
 from services.worker.requests import PrefillRequest
@@ -25,7 +28,7 @@ class Loading(Protocol):
     """The run that is loaded for."""
 
     request: PrefillRequest
-    slots: Sequence[int]
+    slots: RunSlots
     ledger: Ledger
     handoff: Handoff
 
@@ -68,7 +71,9 @@ class Legs:
         async with asyncio.TaskGroup() as self._rescues:
             for leg in self._run.request.legs:
                 work = self._pull_storage if leg.source is Source.STORAGE_TO_PREFILL else self._read_peer
-                self._rescues.create_task(work(self._batches[leg], leg.blocks))
+                missing = sum(block not in self._run.slots.held for block in range(leg.first_block, leg.last_block))
+                if missing:
+                    self._rescues.create_task(work(self._batches[leg], missing))
 
     def _claims(self, leg: Leg) -> Batches:
         """The leg's blocks, as their loader may claim them."""
@@ -86,7 +91,7 @@ class Legs:
         request = self._run.request
         assert request.stored is not None, "a leg from storage without a lease on it"
         loaded = await self._reader.pull(
-            Pull(request.stored, self._run.slots, batches, blocks, self._stored, self.from_storage, request.deadline_s)
+            Pull(request.stored, self._run.slots.all, batches, blocks, self._stored, self.from_storage, request.deadline_s)
         )
         self.carrier = self.carrier or loaded.carrier
         if loaded.failure:
@@ -105,7 +110,7 @@ class Legs:
         run = self._run
         await self._peers.pull(
             PeerPull(
-                run.request.stage, run.slots, batches, blocks, self._not_there, self._read, self.from_decode, run.request.deadline_s
+                run.request.stage, run.slots.all, batches, blocks, self._not_there, self._read, self.from_decode, run.request.deadline_s
             )
         )  # fmt: skip
 

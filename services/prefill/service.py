@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc.aio
 
+from common.blocks import BlockKey
 from common.errors import InvalidRequest
 from common.pb import worker_pb2 as pb
 from common.pb import worker_pb2_grpc
@@ -25,6 +26,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.WorkerInfo:
         return self._node.info()
+
+    async def Resident(self, request: pb.ResidentRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ResidentReply:
+        return pb.ResidentReply(blocks=self._runner.held_blocks([BlockKey(key) for key in request.keys]))
 
     async def Run(self, request: pb.RunRequest, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[pb.RunEvent]:
         async with aborting(context, "Prefill.Run"):

@@ -10,11 +10,13 @@ import grpc.aio
 from common.generation import Sampling
 from common.logs import Log
 from common.pb import worker_pb2_grpc
-from services.prefill.engine import NewRun, PrefillEngine
+from services.prefill.engine import PrefillEngine
 from services.prefill.handoff import Handoffs
+from services.prefill.job import Means
 from services.prefill.layerwise import InPlace
 from services.prefill.pulling import PeerReader
 from services.prefill.ring import Ring
+from services.prefill.run import NewRun
 from services.prefill.runner import Runner
 from services.prefill.service import PrefillService
 from services.worker.engine.allocator import blocks_for
@@ -82,7 +84,8 @@ class PrefillWorker:
         layout, free = node.model.layout, node.settings.simulate_free_loads
         self._peers = PeerReader(node.stage, node.transports, layout, simulate_free_loads=free)
         self._handoffs = Handoffs(node.stage, node.transports, layout)
-        self.runner = Runner(node.id, node.engine, node.stage, node.reader, self._peers, self._handoffs, node.requests_max)
+        means = Means(node.id, node.engine, node.stage, node.reader, self._peers, self._handoffs)
+        self.runner = Runner(means, node.requests_max, resident=node.settings.resident)
         node.engine.engine.announce = node.engine.posting(self.runner.on_layer)
 
     def on_step(self, result: StepResult) -> None:

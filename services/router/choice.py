@@ -14,10 +14,12 @@ from common.generation import FinishReason, Sampling, Token
 from services.router.account import Stay
 from services.router.decisions import Decision
 from services.router.detokenize import Detokenizer
+from services.router.model import Model
 from services.router.peers import Peer
 from services.router.placement import Route
 from services.router.stop_strings import StopStrings
 from services.router.stores import Found
+from services.router.work import Work
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -50,9 +52,25 @@ def measured(report: Report, placement: Placement) -> None:
         return {link: (flow.bytes, flow.seconds) for link, flow in flows.items()}
 
     placement.peer.account.measured(seen(storage=report.storage_to_decode))
-    if placement.prefill is not None and placement.prefill.id == report.prefill:  # no alternate
+    if (
+        placement.prefill is not None and placement.prefill.id == report.prefill and not report.prefill_retries
+    ):  # it moved all of it
         moved = {"peer_read": report.decode_to_prefill, "peer_write": report.prefill_to_decode}
         placement.prefill.account.measured(seen(storage=report.storage_to_prefill, **moved))
+
+
+def choices_of(work: Work, model: Model) -> list["Choice"]:
+    """All that a request asks for, in order."""
+    skipped = model.special_ids if work.skip_special else frozenset()
+
+    def decode(ids: Sequence[int]) -> str:
+        return model.decode(ids, skip_special=False)
+
+    asked = [(prompt, sampling) for prompt, samplings in zip(work.prompts, work.samplings, strict=True) for sampling in samplings]
+    return [
+        Choice(index, prompt, sampling, Detokenizer(decode, skipped), StopStrings(work.stop), work.include_stop)
+        for index, (prompt, sampling) in enumerate(asked)
+    ]
 
 
 class Choice:

@@ -22,7 +22,7 @@ from services.router.policy.view import ClusterView
 from services.router.sessions import session
 
 RECONNECT_S = (0.1, 1.0)
-RESIDENT_ASKED_MAX = 8  # decode workers asked what they hold, per request: a call each
+RESIDENT_ASKED_MAX = 8  # workers of a role asked what they hold, per request: a call each
 ROLES = ("decode", "prefill", "kvstore")
 
 log = Log("cluster")
@@ -67,9 +67,9 @@ class Cluster:
     def peer(self, role: str, address: str) -> Peer | None:
         return self.peers.get((role, address))
 
-    def serving(self) -> list[Peer]:
-        """Decode workers of the cluster's namespace that are connected."""
-        return [p for p in self.of("decode") if p.usable and p.info is not None and p.info.namespace == self.namespace]
+    def serving(self, role: str = "decode") -> list[Peer]:
+        """Workers of the cluster's namespace that are connected."""
+        return [p for p in self.of(role) if p.usable and p.info is not None and p.info.namespace == self.namespace]
 
     def basis(self) -> Basis:
         infos = [p.info for p in self.serving() if p.info is not None]
@@ -79,19 +79,22 @@ class Cluster:
         return tuple(p.address for p in self.of("kvstore") if p.usable and p.info is not None and not p.info.draining)
 
     async def resident(self, keys: Sequence[bytes], deadline_s: float) -> dict[str, int]:
-        """How many leading blocks of a chain each decode worker still holds, by its address; those that hold none, or
-        don't answer in time, are left out. Of many workers, those with the fewest sequences are asked."""
+        """How many leading blocks of a chain each worker still holds, by its address; those that hold none, or don't answer in
+        time, are left out. Of many workers of a role, those with the fewest sequences are asked."""
         if not deadline_s:
             return {}
-        asked = sorted(self.serving(), key=lambda peer: peer.account.sequences)[:RESIDENT_ASKED_MAX]
-        connections = [peer.connection for peer in asked if peer.connection is not None]
-        counts = await asyncio.gather(*(c.resident(keys, deadline_s) for c in connections), return_exceptions=True)
-        for connection, count in zip(connections, counts, strict=True):
+        asked = [peer.holder for role in ("decode", "prefill") for peer in self._least_busy(role)]
+        holders = [holder for holder in asked if holder is not None]
+        counts = await asyncio.gather(*(holder.resident(keys, deadline_s) for holder in holders), return_exceptions=True)
+        for holder, count in zip(holders, counts, strict=True):
             if isinstance(count, BaseException) and not isinstance(count, PenstockError):
                 raise count
             if isinstance(count, PenstockError):
-                log.debug("resident_unknown", decode=connection.address, reason=count.message)
-        return {c.address: count for c, count in zip(connections, counts, strict=True) if isinstance(count, int) and count}
+                log.debug("resident_unknown", worker=holder.address, reason=count.message)
+        return {h.address: count for h, count in zip(holders, counts, strict=True) if isinstance(count, int) and count}
+
+    def _least_busy(self, role: str) -> list[Peer]:
+        return sorted(self.serving(role), key=lambda peer: peer.account.sequences)[:RESIDENT_ASKED_MAX]
 
     def view(self) -> ClusterView:
         now = time.monotonic()
@@ -112,8 +115,12 @@ class Cluster:
         now = time.monotonic()
         if estimate.legs:
             self.routed_at = now
-        at_prefill = prefill.account.send(estimate.of_prefill(), now) if prefill is not None else None
+        at_prefill = self.send_on(estimate, prefill)
         return decode.account.send(estimate.of_decode(tokens), now), at_prefill
+
+    def send_on(self, estimate: Estimate, prefill: Peer | None) -> Stay | None:
+        """Counts a request at a prefill worker: the route's, or the alternate that decode asks instead."""
+        return prefill.account.send(estimate.of_prefill(), time.monotonic()) if prefill is not None else None
 
     def context_tokens(self, own: int) -> int:
         """The longest prompt plus output that every serving decode worker takes."""

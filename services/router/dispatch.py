@@ -7,19 +7,20 @@ from collections.abc import Callable
 
 from common import tracing
 from common.blocks import Namespace, block_keys, chain_root, reusable_blocks
-from common.clients.decode import Step
+from common.clients.decode import Report, Step
 from common.errors import ContextExceeded, Overloaded, PenstockError, Unavailable
 from common.logs import Log
 from common.pb import worker_pb2 as pb
 from common.wire import legs_to_pb, order_to_pb, sampling_to_pb
 from services.router.choice import Choice, Placement
 from services.router.cluster import Basis
-from services.router.generator import Generator, Work
+from services.router.generator import Generator
 from services.router.lookup import Answer, give_back, look_up
 from services.router.placement import Route, route
 from services.router.policy.view import ClusterView, Query
 from services.router.policy.workers import Refusal, Why
 from services.router.rendezvous import ranked
+from services.router.work import Work
 
 INLINE_TOKENS_MAX = 65536  # fewer are hashed in place: a thread hop costs more
 log = Log("dispatch")
@@ -163,6 +164,15 @@ class Dispatch:
         choice.namespace = view.namespace
         self._generator.metrics.routed(decision.plan)
         log.debug("placed", request_id=stream_id, decode=peer.id, plan=decision.plan, reason=decision.reason)
+
+    def asked_another(self, placement: Placement, report: Report) -> None:
+        """A prefill worker failed, and decode has asked the next of the route's alternates: the request waits there now."""
+        if placement.prefill_stay is not None:
+            placement.prefill_stay.ended()
+        alternates, number = placement.route.alternates, report.prefill_retries
+        address = alternates[number - 1] if 0 < number <= len(alternates) else ""
+        placement.prefill = self._generator.cluster.peer("prefill", address)
+        placement.prefill_stay = self._generator.cluster.send_on(placement.route.estimate, placement.prefill)
 
 
 def _refused(refusal: Refusal) -> PenstockError:

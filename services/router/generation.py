@@ -13,14 +13,12 @@ Life of a `Generation`:
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from common import tracing
 from common.clients.decode import Step
 from common.errors import (
-    Cancelled,
     DeadlineExceeded,
     Internal,
     Overloaded,
@@ -30,11 +28,11 @@ from common.errors import (
 )
 from common.generation import FinishReason
 from common.logs import Log
-from services.router.choice import Choice, Delta, Placement, measured
-from services.router.detokenize import Detokenizer
+from services.router.choice import Choice, Delta, Placement, choices_of, measured
 from services.router.dispatch import Dispatch
-from services.router.generator import Generator, Work
-from services.router.stop_strings import StopStrings
+from services.router.generator import Generator
+from services.router.outcome import outcome_of, status_of, timing_of
+from services.router.work import Work
 
 MOVES_MAX = 2  # a request that killed two workers is not offered a fourth
 FULL_S = 0.5  # how long a worker that refused is left alone, when it didn't say
@@ -48,7 +46,7 @@ class Generation:
     def __init__(self, generator: Generator, work: Work) -> None:
         self._g = generator
         self.work = work
-        self._choices = self._make_choices()
+        self._choices = choices_of(work, generator.model)
         self._inbox: deque[tuple[Choice, str, Step]] = deque()
         self._wake: asyncio.Event = asyncio.Event()
         self._started = time.monotonic()
@@ -149,6 +147,9 @@ class Generation:
                     break
                 await self._move(choice, step.error or Unavailable(f"decode worker {placement.peer.address} gave the request up"))
                 continue
+            if step.report is not None and not step.tokens and step.finish is None:
+                self._dispatch.asked_another(placement, step.report)
+                continue
             deltas.append(self._advance(choice, placement, step))
         return deltas
 
@@ -229,64 +230,21 @@ class Generation:
         self._expired = True
         self._wake.set()
 
-    def _make_choices(self) -> list[Choice]:
-        model, work = self._g.model, self.work
-        skipped = model.special_ids if work.skip_special else frozenset()
-
-        def decode(ids: Sequence[int]) -> str:
-            return model.decode(ids, skip_special=False)
-
-        choices: list[Choice] = []
-        for prompt, samplings in zip(work.prompts, work.samplings, strict=True):
-            for sampling in samplings:
-                choices.append(
-                    Choice(
-                        len(choices), prompt, sampling, Detokenizer(decode, skipped), StopStrings(work.stop), work.include_stop
-                    )
-                )
-        return choices
-
     def _report(self, error: BaseException | None) -> None:
         """Metrics, span and the one log event of the request."""
-        now = time.monotonic()
-        status = _status(error, self._choices)
+        seconds = time.monotonic() - self._started
+        status = status_of(error, self._choices)
         seen = sum(1 for choice in self._choices if choice.output)
-        self._g.metrics.finished(self._choices, seen, self.work, now - self._started, status)
-        first = self._choices[0]
-        fields: dict[str, Any] = {
-            "id": self.work.id,
-            "route": self.route,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "output_tokens": self.completion_tokens,
-            "status": status,
-            "decode": first.route.decode if first.route else "",
-        }
+        self._g.metrics.finished(self._choices, seen, self.work, seconds, status)
+        timing: dict[str, float] = {}
         if self._first_token_at is not None:
-            streaming_s = self._last_step_at - self._first_token_at
-            fields["ttft_ms"] = round(1000 * (self._first_token_at - self._started), 1)
-            if streaming_s > 0:
-                fields["tokens_per_s"] = round((self.completion_tokens - seen) / streaming_s, 1)
-        if isinstance(error, PenstockError):
-            fields["reason"] = error.message
-        if first.last_report is not None:
-            fields |= {"carrier": first.last_report.carrier, "preemptions": first.last_report.preemptions}
-            if first.last_report.fallback:
-                fields["fallback"] = first.last_report.fallback
-        if moves := sum(choice.moves for choice in self._choices):
-            fields["moves"] = moves
-        log.event("request", **fields)
+            timing = timing_of(
+                self._first_token_at - self._started, self._last_step_at - self._first_token_at, self.completion_tokens - seen
+            )
+        log.event("request", id=self.work.id, route=self.route, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens,
+                  output_tokens=self.completion_tokens, status=status, **timing, **outcome_of(error, self._choices))  # fmt: skip
         self._span.set_attributes({"gen_ai.usage.output_tokens": self.completion_tokens, "penstock.status": status})
         self._span.end()
-
-
-def _status(error: BaseException | None, choices: Sequence[Choice]) -> str:
-    if isinstance(error, asyncio.CancelledError | GeneratorExit | Cancelled):
-        return "cancelled"
-    if error is not None:
-        return meaning(error).code
-    finish = choices[0].finish
-    return str(finish) if finish is not None else "cancelled"
 
 
 async def _all(work: Any) -> None:

@@ -3,15 +3,12 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import msgspec
-
 from common.clients.decode import Report
 from common.errors import ContextExceeded, Overloaded, Unavailable
-from common.generation import Sampling
 from services.router.cluster import Cluster
 from services.router.decisions import Decision, Decisions
 from services.router.metrics import Metrics
@@ -21,31 +18,6 @@ from services.router.stores import LeaseKeeper
 
 INLINE_CHARS_MAX = 4096  # shorter texts are tokenised in place: a thread hop costs more
 T = TypeVar("T")
-
-
-class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """A request, validated and tokenised.
-
-    Attributes:
-        prompts: token ids, one list per prompt.
-        samplings: per prompt, one per choice; choice i of prompt p has index p * n + i.
-        salt: separates a tenant's cached blocks.
-        timeout_s: of the whole request.
-    """
-
-    id: str
-    prompts: tuple[Sequence[int], ...]
-    samplings: tuple[tuple[Sampling, ...], ...]
-    timeout_s: float
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    skip_special: bool = True
-    salt: bytes = b""
-    traceparent: str = ""
-
-    @property
-    def sequences(self) -> int:
-        return sum(len(samplings) for samplings in self.samplings)
 
 
 class Generator:

@@ -14,10 +14,11 @@ from common.pb import router_pb2 as pb
 from common.pb import router_pb2_grpc
 from services.router.choice import Delta
 from services.router.generation import Generation
-from services.router.generator import Generator, Work
+from services.router.generator import Generator
 from services.router.prepare import Envelope, check_model, encode_chat, prompt_ids, work_of
 from services.router.sampling import Asked, refused
 from services.router.status import Facts
+from services.router.work import Work
 
 SERVICE_NAMES = ("penstock.v1.Penstock",)
 _OPTIONAL = (

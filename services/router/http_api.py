@@ -21,11 +21,12 @@ from services.router.answers import stream, whole
 from services.router.choice import Delta
 from services.router.exchange import REQUEST_ID, Exchange, Receive, Scope, Send, retry_after
 from services.router.generation import Generation
-from services.router.generator import Generator, Work
+from services.router.generator import Generator
 from services.router.prepare import Envelope, chat_work, check_model, completion_work, echo_prompts
 from services.router.schema import ChatBody, Common, CompletionBody, decode_body
 from services.router.shapes import ChatShape, CompletionShape, Head, Shape, Wanted, error_body, event, usage
 from services.router.status import Facts
+from services.router.work import Work
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")  # longer or stranger ones are replaced
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # probes and scrapers carry no key

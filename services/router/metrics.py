@@ -8,10 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from common.routes import PATHS, Plan
 from services.router.choice import Choice
 from services.router.policy.view import LINKS, ClusterView, Link
+from services.router.work import Work
 
 if TYPE_CHECKING:
     from services.router.cluster import Cluster
-    from services.router.generator import Work
 
 _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ITL_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40)
@@ -60,6 +60,7 @@ class Metrics:
         self._carried_out = counter("penstock:routes_carried_out", "Routes as decode reported them.", "plan", "carrier")
         self._fallbacks = counter("penstock:route_fallbacks", "Routes that decode could not carry out as asked.")
         self._retries = counter("penstock:prefill_retries", "Prefill workers asked because another one failed the request.")
+        self._kept = counter("penstock:kept_tokens", "Prompt tokens whose KV a prefill worker's stage still held.")
         moved = counter("penstock:kv_bytes", "KV bytes moved for requests.", "path")
         took = counter("penstock:kv_path_seconds", "Seconds in which requests moved KV.", "path")
         self._flows = {path: (moved.labels(model_name, path), took.labels(model_name, path)) for path in PATHS}
@@ -105,7 +106,7 @@ class Metrics:
     def moved(self) -> None:
         self._moves.inc()
 
-    def finished(self, choices: Sequence[Choice], running: int, work: "Work", seconds: float, status: str) -> None:
+    def finished(self, choices: Sequence[Choice], running: int, work: Work, seconds: float, status: str) -> None:
         """A request is over; `running` of its sequences had their first token."""
         self._running.dec(running)
         self._waiting.dec(len(choices) - running)
@@ -159,6 +160,7 @@ class Metrics:
         if report.fallback:
             self._fallbacks.inc()
         self._retries.inc(report.prefill_retries)
+        self._kept.inc(report.kept_tokens)
         for path, (moved, took) in self._flows.items():
             flow = getattr(report, path)
             if flow.bytes:

@@ -12,6 +12,7 @@ import msgspec
 
 from common.clients.decode import DecodeConnection
 from common.clients.kvstore import KvStoreClient, StoreInfo
+from common.clients.prefill import PrefillConnection
 from common.membership import MemberLoad, Seen
 from common.pb import worker_pb2
 from common.runs import QueuedRun
@@ -51,6 +52,7 @@ class Peer:
         self.problem = "not reached yet"  # why it can't be used; empty: it can
         self.info: PeerInfo | None = None
         self.connection: DecodeConnection | None = None
+        self.prefill: PrefillConnection | None = None
         self.store: KvStoreClient | None = None
         self.seen: Seen | None = None
         self.full_until = 0.0
@@ -68,6 +70,11 @@ class Peer:
     @property
     def usable(self) -> bool:
         return self.connected and not self.problem and self.info is not None
+
+    @property
+    def holder(self) -> DecodeConnection | PrefillConnection | None:
+        """Whom to ask what it still holds of a prompt; None: nobody is connected."""
+        return self.connection or self.prefill
 
     @property
     def gone(self) -> bool:

@@ -74,7 +74,7 @@ def route(query: Query, view: ClusterView, now: float, settings: PolicySettings 
     if isinstance(listed, Refusal):
         return listed
     ranked = prefills(query, view, settings)
-    found = candidates(query, view, settings, [one.worker for one in listed], shortlist(ranked, settings))
+    found = candidates(query, view, settings, [one.worker for one in listed], shortlist(query, ranked, settings))
     chosen, why = choose(found, settings)
     decode = next(one for one in listed if one.worker.address == chosen.decode)
     others = [worker.address for worker in ranked if worker.address != chosen.prefill] if chosen.prefill else []

@@ -8,9 +8,10 @@ import msgspec
 
 from common.errors import ContextExceeded, InvalidRequest, NotFound
 from common.generation import Sampling
-from services.router.generator import Generator, Work
+from services.router.generator import Generator
 from services.router.sampling import Asked, Limits, check, check_token_ids, choices, derived_seed, refused, resolve
 from services.router.schema import ChatBody, CompletionBody, asked_of, messages_of, refuse_unsupported
+from services.router.work import Work
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions
 CACHE_SALT_CHARS_MAX = 1024

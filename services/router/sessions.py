@@ -6,14 +6,12 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import cast
 
-from common import rpc
 from common.aio import first_of
 from common.clients.decode import DecodeConnection
 from common.clients.kvstore import KvStoreClient
+from common.clients.prefill import PrefillConnection
 from common.errors import DeadlineExceeded, Unavailable
-from common.pb import worker_pb2, worker_pb2_grpc
 from services.router.peers import Peer, PeerInfo, store_info, worker_info
 
 DESCRIBE_TIMEOUT_S = 2.0
@@ -50,18 +48,19 @@ async def _decode_session(peer: Peer, described: Described) -> None:
 
 
 async def _prefill_session(peer: Peer, described: Described) -> None:
-    channel = rpc.channel(peer.address)
-    stub = worker_pb2_grpc.PrefillStub(channel)
+    connection = PrefillConnection(peer.address)
 
     async def describe() -> PeerInfo:
-        pending = stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
-        return worker_info(cast(worker_pb2.WorkerInfo, await rpc.call(pending, peer.address)))
+        return worker_info(await connection.describe(DESCRIBE_TIMEOUT_S))
 
     try:
-        described(peer, await describe())
+        info = await describe()
+        peer.prefill = connection
+        described(peer, info)
         await _poll(peer, describe, described)
     finally:
-        await channel.close()
+        peer.prefill = None
+        await connection.close()
 
 
 async def _store_session(peer: Peer, described: Described) -> None:

@@ -36,9 +36,7 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     )
     resident_timeout_ms: Annotated[
         int,
-        Meta(
-            ge=0, description="how long to wait for decode workers to say what they still hold of a prompt; 0: they aren't asked"
-        ),
+        Meta(ge=0, description="how long to wait for workers to say what they still hold of a prompt; 0: they aren't asked"),
     ] = 50
     replicas: Annotated[
         int, Meta(ge=1, le=8, description="kvstores that keep each chain; more than 1 outlives the loss of a store's disks")

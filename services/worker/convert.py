@@ -1,6 +1,6 @@
 """worker.proto messages from and to `services.worker.requests`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -8,7 +8,7 @@ from common.blocks import KEY_BYTES, ChainRoot, reusable_blocks
 from common.errors import Internal, InvalidRequest, PenstockError, from_code, meaning
 from common.generation import FinishReason
 from common.pb import worker_pb2 as pb
-from common.routes import PATHS, Leg, Order, Plan, Source, problem_of
+from common.routes import BY_PREFILL, HELD, PATHS, Leg, Order, Plan, Source, problem_of
 from common.wire import (
     endpoint_from_pb,
     endpoint_to_pb,
@@ -32,6 +32,10 @@ from services.worker.requests import (
     StageLease,
 )
 
+# What legs may name: a prefill worker is not told what it holds itself.
+_OF_ROUTES = [source for source in Source if source is not Source.RECOMPUTE]
+_OF_RUNS = [source for source in _OF_ROUTES if source is not Source.RESIDENT_AT_PREFILL]
+
 
 def stored_from_pb(message: pb.StoredPrefix) -> Stored:
     lease = message.lease
@@ -47,15 +51,13 @@ def decode_request(start: pb.Start) -> DecodeRequest:
     """Raises InvalidRequest for what can't be a request."""
     if not start.token_ids:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-    if len(start.chain_root) != KEY_BYTES:
-        raise InvalidRequest(f"chain_root of {len(start.chain_root)} bytes: must be {KEY_BYTES}")
     stored = stored_from_pb(start.route.stored) if start.route.stored.blocks else None
     return DecodeRequest(
         id=start.request_id,
         prompt=tuple(start.token_ids),
         sampling=sampling_from_pb(start.sampling),
         route=Route(
-            _decode_legs(start.route.legs, stored.blocks if stored else 0, len(start.token_ids)),
+            _decode_legs(start.route, len(start.token_ids)),
             order_from_pb(start.route.order),
             stored,
             start.route.prefill,
@@ -66,7 +68,7 @@ def decode_request(start: pb.Start) -> DecodeRequest:
             start.route.tail_tokens,
         ),
         deadline_s=start.deadline_ms / 1e3,
-        chain_root=ChainRoot(start.chain_root),
+        chain_root=_chain_root(start.chain_root),
         output=tuple(start.output_ids),
         traceparent=start.traceparent,
     )
@@ -87,6 +89,7 @@ def run_request(request: PrefillRequest, namespace: str) -> pb.RunRequest:
         namespace=namespace,
         deadline_ms=int(request.deadline_s * 1e3),
         traceparent=request.traceparent,
+        chain_root=request.chain_root or b"",
     )
 
 
@@ -94,7 +97,7 @@ def prefill_request(message: pb.RunRequest, block_tokens: int) -> PrefillRequest
     """Raises InvalidRequest for what can't be a run."""
     if not message.token_ids:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-    legs = legs_from_pb(message.legs, reusable_blocks(len(message.token_ids), block_tokens))
+    legs = legs_from_pb(message.legs, reusable_blocks(len(message.token_ids), block_tokens), _OF_RUNS)
     wanted = max((leg.last_block for leg in legs if leg.source is Source.STORAGE_TO_PREFILL), default=0)
     if wanted > message.stored.blocks:
         raise InvalidRequest(f"a leg up to block {wanted} of a stored prefix of {message.stored.blocks} blocks")
@@ -108,26 +111,37 @@ def prefill_request(message: pb.RunRequest, block_tokens: int) -> PrefillRequest
         order=order_from_pb(message.order),
         stored=stored_from_pb(message.stored) if message.stored.blocks else None,
         deadline_s=message.deadline_ms / 1e3,
+        chain_root=_chain_root(message.chain_root) if message.chain_root else None,
         traceparent=message.traceparent,
     )
 
 
-def _decode_legs(messages: Sequence[pb.Leg], stored: int, tokens: int) -> tuple[Leg, ...]:
-    """The first may be of resident blocks, which need not be stored."""
-    legs = legs_from_pb(messages, tokens)
+def _chain_root(raw: bytes) -> ChainRoot:
+    if len(raw) != KEY_BYTES:
+        raise InvalidRequest(f"chain_root of {len(raw)} bytes: must be {KEY_BYTES}")
+    return ChainRoot(raw)
+
+
+def _decode_legs(route: pb.Route, tokens: int) -> tuple[Leg, ...]:
+    """The leading ones may be of blocks that workers hold, which need not be stored."""
+    legs = legs_from_pb(route.legs, tokens, _OF_ROUTES)
+    held = 0
     for leg in legs:
-        if leg.source is Source.RESIDENT and leg.first_block:
-            raise InvalidRequest(f"resident leg [{leg.first_block}, {leg.last_block}): must begin at block 0")
-        if leg.source is not Source.RESIDENT and leg.last_block > stored:
-            raise InvalidRequest(
-                f"leg [{leg.first_block}, {leg.last_block}): expected ordered, disjoint legs inside [0, {stored})"
-            )
+        where = f"{leg.source} leg [{leg.first_block}, {leg.last_block})"
+        if leg.source in HELD:
+            if leg.first_block != held:
+                raise InvalidRequest(f"{where}: must begin at block {held}")
+            held = leg.last_block
+        elif leg.last_block > route.stored.blocks:
+            raise InvalidRequest(f"{where}: expected ordered, disjoint legs inside [0, {route.stored.blocks})")
+        if leg.source is Source.RESIDENT_AT_PREFILL and not route.prefill:
+            raise InvalidRequest(f"{where}: expected a prefill worker, and the route names none")
     return legs
 
 
-def legs_from_pb(messages: Iterable[pb.Leg], blocks: int) -> tuple[Leg, ...]:
-    """Raises InvalidRequest unless they are ordered, disjoint, inside `[0, blocks)` and of sources that can be carried out."""
-    served = {pb.Source.Value(source.upper()): source for source in Source if source is not Source.RECOMPUTE}
+def legs_from_pb(messages: Iterable[pb.Leg], blocks: int, sources: Collection[Source]) -> tuple[Leg, ...]:
+    """Raises InvalidRequest unless they are ordered, disjoint, inside `[0, blocks)` and of these sources."""
+    served = {pb.Source.Value(source.upper()): source for source in sources}
     legs = []
     for message in messages:
         source = served.get(message.source)
@@ -152,9 +166,13 @@ def report_to_pb(report: Report) -> pb.Report:
 
 def report_from_pb(message: pb.Report) -> Report:
     values = {field: getattr(message, field) for field in Report.__struct_fields__}
-    flows = {path: Flow(values[path].bytes, values[path].seconds) for path in PATHS}
     plan = Plan(message.plan) if message.plan in set(Plan) else Plan.RECOMPUTE
-    return Report(**(values | flows | {"plan": plan}))
+    return Report(**(values | _flows(message, PATHS) | {"plan": plan}))
+
+
+def _flows(message: pb.Report | pb.RunEvent, paths: Iterable[str]) -> dict[str, Flow]:
+    flows = {path: getattr(message, path) for path in paths}
+    return {path: Flow(flow.bytes, flow.seconds) for path, flow in flows.items()}
 
 
 def error_to_pb(error: PenstockError) -> pb.Error:
@@ -186,6 +204,7 @@ def progress_to_pb(progress: PrefillProgress) -> pb.RunEvent:
         report=report_to_pb(progress.report) if progress.report else None,
         finish=progress.finish or "",
         stop_token=0 if progress.stop_token is None else progress.stop_token + 1,
+        **{path: pb.Flow(**msgspec.structs.asdict(getattr(progress, path))) for path in BY_PREFILL},
     )
 
 
@@ -202,4 +221,5 @@ def progress_from_pb(message: pb.RunEvent) -> PrefillProgress:
         finish,
         message.stop_token - 1 if message.stop_token else None,
         report_from_pb(message.report) if message.HasField("report") else None,
+        **_flows(message, BY_PREFILL),
     )

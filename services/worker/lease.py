@@ -10,7 +10,7 @@ A SHARE lease is one whose items the owner and the holder fill between them, eac
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
 from common.errors import LeaseRejected
@@ -51,7 +51,38 @@ class Lease:
         if not self.is_filled(item):
             raise LeaseRejected(f"lease ended before item {item} was filled: {self.coverage[item]} of {self.lengths[item]} bytes")
 
-    def wake(self, item: int) -> None:
+    def came(self, part: Part) -> None:
+        """The holder has filled a part of an item."""
+        self.coverage[part.item].add(part.offset, part.offset + part.length)
+        if self.is_filled(part.item):
+            self._settled(part.item)
+
+    def end(self) -> None:
+        """Nothing more comes: who waits is told. Made by `Stage.release`."""
+        self.live = False
+        for changed in self._changed:
+            changed.set()
+
+    # What the owner does with the items of a SHARE lease. After the lease's end nothing of this matters.
+
+    def await_own(self, items: Iterable[int]) -> None:
+        """The owner is going to fill them, also those of which the holder has filled a part."""
+        assert self.right is Right.SHARE
+        self.awaited.update(item for item in items if not self.is_filled(item))
+
+    def fill(self, item: int) -> None:
+        """The owner has filled an item."""
+        self.coverage[item].add(0, self.lengths[item])
+        self._settled(item)
+
+    def give_up(self, item: int) -> None:
+        """The owner can't fill it: the holder may, unless what it had under way has filled it by now."""
+        if not self.is_filled(item):
+            self.given_up.add(item)
+            self._settled(item)
+
+    def _settled(self, item: int) -> None:
+        self.awaited.discard(item)
         self._changed[item].set()
 
     async def readable(self, part: Part, until: float) -> PartStatus:

@@ -5,6 +5,7 @@ ends that work towards each other, loading from the back and computing from the 
 
     OPEN --claim_leg, claim_back--> LOADING --arrived--> THERE
     OPEN --take--> COMPUTING --computed--> THERE
+    OPEN --found--> THERE          before anybody has claimed anything
     LOADING --failed--> OPEN       what can't be loaded is computed
     COMPUTING --give_back--> OPEN  the step broke off
 
@@ -17,7 +18,7 @@ Invariants:
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
@@ -73,6 +74,14 @@ class Ledger:
         self._unclaimed = {leg: leg.last_block for leg in legs}  # [leg.first_block, this) may still be claimed by its loader
         self._began_s: dict[Leg, float] = {}  # when its loader claimed its first blocks
         self._closed = False
+
+    def found(self, blocks: Collection[int]) -> None:
+        """They were in the stage before the run: nobody needs to make them."""
+        with self._changed:
+            index = np.fromiter(blocks, dtype=np.int64)
+            assert (self._state[index] == State.OPEN).all(), self
+            self._state[index] = State.THERE
+            self._layers[index] = self.layers
 
     # Loaders
 

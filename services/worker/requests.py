@@ -52,7 +52,10 @@ class DecodeRequest(msgspec.Struct, frozen=True):
 
 
 class PrefillRequest(msgspec.Struct, frozen=True):
-    """Fill `stage` with the prompt's KV and sample the first token."""
+    """Fill `stage` with the prompt's KV and sample the first token.
+
+    `chain_root`: parent of the first block's key, under which blocks are found in the worker's stage, and kept there; None: they aren't.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -62,20 +65,25 @@ class PrefillRequest(msgspec.Struct, frozen=True):
     order: Order
     stored: Stored | None
     deadline_s: float
+    chain_root: ChainRoot | None = None
     traceparent: str = ""
 
 
-class Flow(msgspec.Struct):
+class Flow(msgspec.Struct, frozen=True):
     """What one path moved; `seconds` in which at least one transfer was under way."""
 
     bytes: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: "Flow") -> "Flow":
+        return Flow(self.bytes + other.bytes, self.seconds + other.seconds)
+
 
 class Report(msgspec.Struct):
     """What really happened, filled in as it happens. Times in seconds.
 
-    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, and what moved to and from it.
+    Of prefill workers, it is the last one's doing that is told: `prefill`, its times, and what its stage still held. But what moved
+    is of all of them: of one that failed, as far as it had told.
     """
 
     plan: Plan = Plan.RECOMPUTE
@@ -93,6 +101,7 @@ class Report(msgspec.Struct):
     preemptions: int = 0
     fallback: str = ""
     prefill_retries: int = 0
+    kept_tokens: int = 0
 
 
 class RequestStep(msgspec.Struct, frozen=True):
@@ -110,7 +119,7 @@ class PrefillProgress(msgspec.Struct, frozen=True):
     """News of a prefill run.
 
     `first`, with `finish` and `stop_token`, comes once, `report` with the last one. `pull_from`: per leg from
-    decode, in order, the block that decode may pull from on (order MEET).
+    decode, in order, the block that decode may pull from on (order MEET). The flows: so far.
     """
 
     computed_blocks: int
@@ -119,3 +128,6 @@ class PrefillProgress(msgspec.Struct, frozen=True):
     finish: FinishReason | None = None
     stop_token: int | None = None
     report: Report | None = None
+    storage_to_prefill: Flow = Flow()
+    decode_to_prefill: Flow = Flow()
+    prefill_to_decode: Flow = Flow()

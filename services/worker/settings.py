@@ -51,6 +51,12 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     context_tokens: Annotated[int, Meta(ge=0, description="longest prompt plus output; 0: the model's own limit")] = 0
     pool_bytes: Annotated[int, Meta(ge=0, description="KV memory of the engine; 0: chosen from the machine")] = 0
     stage_bytes: Annotated[int, Meta(ge=0, description="shared-memory stage for transfers; 0: chosen from the machine")] = 0
+    resident: Annotated[
+        bool,
+        Meta(
+            description="keep the KV of what has ended, in decode's pool or prefill's stage, while nobody needs the memory, and use it again"
+        ),
+    ] = True
     sequences_max: Annotated[int, Meta(ge=1, description="sequences in one batch")] = 64
     waiting_max: Annotated[int, Meta(ge=0, description="requests that may queue; more are refused at once")] = 256
     step_tokens_max: Annotated[int, Meta(ge=16, description="token budget of one engine step (chunked prefill)")] = 1024

@@ -1,10 +1,12 @@
 """A worker's stage: shared memory divided in full-block slots, filled and read by peers under leases.
 
-Life of a slot: free --reserve--> owned --free--> free, or limbo while somebody may still write to it.
-Life of a lease: granted --> ended, by `revoke`, `release`, `free` of one of its slots, or its time.
+Life of a slot: slot_table.py. Life of a lease: granted --> ended, by `revoke`, `release`, the last owner of one of its slots,
+or its time.
 
 Invariants:
-- A slot is free, owned or in limbo; `reserve` hands out free slots only, or refuses at once.
+- A slot is free, kept, owned or in limbo; `reserve` hands out free and kept ones only, or refuses at once.
+- What is kept is named by the key of the block whose whole KV it holds, so that only who knows the block's chain, its tenant's
+  salt and all, can find it (common/blocks.py). Nobody writes to it, and several requests may own it at once (`adopt`).
 - A peer writes only under a live WRITE or SHARE lease. Ending it takes every buffer that is out back on the spot
   (its memoryview is released); one that a system call in a thread is writing can't be released, and is
   waited for: by `revoke`, or by its slot in limbo.
@@ -18,8 +20,9 @@ nothing that a peer asks for keeps its memory, or a place within the bounds, for
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from common.blocks import BlockKey
 from common.disk.pages import PAGE_BYTES
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.counters import Counters
@@ -27,29 +30,11 @@ from common.transport.interface import TOKEN_BYTES, LeaseToken, Part, PartStatus
 from common.transport.memory import Checksums, copy_with_checksum, crc32c_in_turns
 from common.transport.region import Region
 from services.worker.lease import Lease, Right
+from services.worker.slot_table import SlotTable
+from services.worker.writes import Write, Writes
 
 LEASES_MAX = 8192
 PARK_S = 0.5  # less than a connection takes to think that its peer hangs (common/transport/connection.py SETTLE_S)
-
-
-class _Write:
-    """A buffer that is out at the byte-plane server."""
-
-    def __init__(self, lease: Lease, part: Part, buffer: memoryview) -> None:
-        self.lease, self.part, self.buffer = lease, part, buffer
-        self.slot = lease.slots[part.item]
-        self.over = asyncio.Event()
-
-    def overlaps(self, start: int, end: int) -> bool:
-        return start < self.part.offset + self.part.length and self.part.offset < end
-
-    def take_back(self) -> bool:
-        """True: nothing can be written through it any more."""
-        try:
-            self.buffer.release()
-        except BufferError:
-            return False
-        return True
 
 
 class Stage:
@@ -63,48 +48,58 @@ class Stage:
         self._stride = -(-bytes_per_slot // PAGE_BYTES) * PAGE_BYTES  # slots start on pages: fit for O_DIRECT
         self.region = Region(slots * self._stride, name="penstock-stage", prefault=prefault)
         self._clock = clock
-        self._free = list(range(slots - 1, -1, -1))
-        self._owned: set[int] = set()
-        self._limbo: set[int] = set()
+        self._slots = SlotTable(slots, self._may_be_written)
         self._leases: dict[LeaseToken, Lease] = {}
-        self._writes: dict[int, _Write] = {}  # by id() of the buffer, which the entry keeps alive
-        self._writing: dict[int, set[_Write]] = {}  # the same by slot
+        self._writes = Writes(self._write_ended)
 
     # Slots
 
     @property
     def slots_total(self) -> int:
-        return len(self._free) + len(self._owned) + len(self._limbo)
+        return self._slots.total
 
     @property
     def slots_free(self) -> int:
-        return len(self._free)
+        """That `reserve` could give; what is kept among them."""
+        return self._slots.free
 
     def reserve(self, count: int) -> list[int]:
         """Takes `count` slots, or raises `Overloaded` at once."""
-        self._leave_limbo()
-        if count > len(self._free):
+        taken = self._slots.take(count)
+        if taken is None:
             raise Overloaded(
-                f"stage: {count} slots asked for, {len(self._free)} of {self.slots_total} are free", retry_after_s=1.0
+                f"stage: {count} slots asked for, {self.slots_free} of {self.slots_total} are free", retry_after_s=1.0
             )
-        taken = [self._free.pop() for _ in range(count)]
-        self._owned.update(taken)
         return taken
 
+    def adopt(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Takes the slots of the longest prefix of `keys` that is held here, to read them. Others may own them too."""
+        return self._slots.adopt(keys)
+
+    def held_blocks(self, keys: Sequence[BlockKey]) -> int:
+        """How many blocks `adopt` would find at this moment."""
+        return self._slots.count(keys)
+
+    def keep(self, slots: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """These owned slots hold the whole, verified KV of these blocks, and their owner writes to them no more: they can be
+        adopted from now on, and stay when they are freed until their memory is needed."""
+        self._slots.name(slots, keys)
+
+    def distrust(self, slots: Sequence[int]) -> None:
+        """Nobody adopts these owned slots any more."""
+        self._slots.forget(slots)
+
     def free(self, slots: Sequence[int]) -> None:
-        """Gives slots back; leases that name them end. A slot that may still be written is kept aside until it can't."""
-        assert self._owned.issuperset(slots) and len(set(slots)) == len(slots), f"not owned, or twice: {slots}"
-        gone = set(slots)
-        for lease in [lease for lease in self._leases.values() if not gone.isdisjoint(lease.slots)]:
+        """Gives slots back; leases that name one which nobody owns any more end. One that may still be written is kept aside."""
+        self._slots.give_back(slots)
+        for lease in [lease for lease in self._leases.values() if not all(map(self._slots.owns, lease.slots))]:
             self.release(lease.token)
-        self._owned -= gone
-        self._limbo |= gone
-        self._leave_limbo()
+        self._slots.settle()
 
     def span(self, slot: int, offset: int = 0, length: int | None = None) -> Span:
         """Bytes of a slot as a span of the stage's region; the whole slot by default."""
         length = self.bytes_per_slot - offset if length is None else length
-        if slot not in self._owned or offset < 0 or length < 0 or offset + length > self.bytes_per_slot:
+        if not self._slots.owns(slot) or offset < 0 or length < 0 or offset + length > self.bytes_per_slot:
             raise InvalidRequest(
                 f"slot {slot} [{offset}, {offset + length}): expected an owned slot and [0, {self.bytes_per_slot})"
             )
@@ -122,11 +117,8 @@ class Stage:
         """The same bytes, writable."""
         return self.region.view(self.span(slot, offset, length))
 
-    def _leave_limbo(self) -> None:
-        for slot in sorted(self._limbo - self._writing.keys()):
-            if not self.region.held(Span(slot * self._stride, self._stride)):
-                self._limbo.discard(slot)
-                self._free.append(slot)
+    def _may_be_written(self, slot: int) -> bool:
+        return any(self._writes.at(slot)) or self.region.held(Span(slot * self._stride, self._stride))
 
     # Leases
 
@@ -137,7 +129,7 @@ class Stage:
             raise Overloaded(f"stage: {LEASES_MAX} leases are out", retry_after_s=1.0)
         lengths = [self.bytes_per_slot] * len(slots) if lengths is None else lengths
         assert len(lengths) == len(slots) and all(0 < length <= self.bytes_per_slot for length in lengths)
-        assert self._owned.issuperset(slots), f"not owned: {slots}"
+        assert all(map(self._slots.owns, slots)), f"not owned: {slots}"
         lease = Lease(LeaseToken(os.urandom(TOKEN_BYTES)), right, slots, lengths, self._clock() + ttl_s)
         self._leases[lease.token] = lease
         return lease
@@ -154,39 +146,15 @@ class Stage:
         lease = self._leases.pop(token, None)
         if lease is None:
             return
-        lease.live = False
-        for item in range(len(lease.slots)):
-            lease.wake(item)
-        for write in [write for write in self._writes.values() if write.lease is lease]:
-            if write.take_back():
-                self._forget(write)
+        lease.end()
+        self._writes.take_back(token)
 
     async def revoke(self, token: LeaseToken) -> None:
         """Ends a lease; idempotent. When this returns, no write lands in its slots any more."""
-        writes = [write for write in self._writes.values() if write.lease.token == token]
+        writes = self._writes.under(token)
         self.release(token)
         for write in writes:
             await write.over.wait()
-
-    # What the owner does with the items of a SHARE lease. After the lease's end nothing of this matters.
-
-    def await_own(self, lease: Lease, items: Iterable[int]) -> None:
-        """The owner is going to fill them, also those of which the holder has filled a part."""
-        assert lease.right is Right.SHARE
-        lease.awaited.update(item for item in items if not lease.is_filled(item))
-
-    def fill(self, lease: Lease, item: int) -> None:
-        """The owner has filled an item."""
-        lease.awaited.discard(item)
-        lease.coverage[item].add(0, lease.lengths[item])
-        lease.wake(item)
-
-    def give_up(self, lease: Lease, item: int) -> None:
-        """The owner can't fill it: the holder may, unless what it had under way has filled it by now."""
-        if not lease.is_filled(item):
-            lease.awaited.discard(item)
-            lease.given_up.add(item)
-            lease.wake(item)
 
     def sweep(self) -> None:
         """Ends leases whose time is over."""
@@ -201,14 +169,9 @@ class Stage:
             return None
         return lease
 
-    def _forget(self, write: _Write) -> None:
-        if self._writes.pop(id(write.buffer), None):
-            self._writing[write.slot].discard(write)
-            if not self._writing[write.slot]:
-                del self._writing[write.slot]
-            self.counters.write.end()
-            write.over.set()
-            self._leave_limbo()
+    def _write_ended(self) -> None:
+        self.counters.write.end()
+        self._slots.settle()
 
     # The area
 
@@ -256,15 +219,12 @@ class Stage:
         slot, start, end = lease.slots[part.item], part.offset, part.offset + part.length
         if part.item in lease.awaited or lease.coverage[part.item].contains(start, end):
             return PartStatus.OK
-        if lease.coverage[part.item].overlaps(start, end) or any(
-            write.overlaps(start, end) for write in self._writing.get(slot, ())
-        ):
+        if lease.coverage[part.item].overlaps(start, end) or any(write.overlaps(start, end) for write in self._writes.at(slot)):
             return PartStatus.REJECTED
         if self.region.held(self.span(slot, start, part.length)):
             return PartStatus.FULL
-        write = _Write(lease, part, self.view(slot, start, part.length))
-        self._writes[id(write.buffer)] = write
-        self._writing.setdefault(slot, set()).add(write)
+        write = Write(lease, part, self.view(slot, start, part.length))
+        self._writes.begin(write)
         self.counters.write.begin()
         return write.buffer
 
@@ -276,40 +236,30 @@ class Stage:
         return statuses
 
     def _commit(self, buffer: memoryview) -> PartStatus:
-        write = self._writes.get(id(buffer))
+        write = self._writes.through(buffer)
         if write is None:
             return PartStatus.REJECTED  # taken back
-        self._forget(write)
+        self._writes.end(write)
         if self._live(write.lease.token) is None:
             return PartStatus.REJECTED
-        lease, part = write.lease, write.part
-        lease.coverage[part.item].add(part.offset, part.offset + part.length)
-        if lease.is_filled(part.item):
-            lease.awaited.discard(part.item)
-            lease.wake(part.item)
+        write.lease.came(write.part)
         return PartStatus.OK
 
     def abort(self, token: LeaseToken, parts: Sequence[Part], buffers: Sequence[memoryview]) -> None:
         for buffer in buffers:
-            if write := self._writes.get(id(buffer)):
-                self._forget(write)
+            if write := self._writes.through(buffer):
+                self._writes.end(write)
 
     # Care
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` when an invariant is broken."""
-        free = set(self._free)
-        assert (
-            len(free) == len(self._free) and not free & self._owned and not free & self._limbo and not self._owned & self._limbo
-        )
+        self._slots.check_integrity()
         assert self.slots_total * self._stride == self.region.size
         for lease in self._leases.values():
-            assert lease.live and self._owned.issuperset(lease.slots), lease
+            assert lease.live and all(map(self._slots.owns, lease.slots)), lease
             lease.check_integrity()
-        assert sum(map(len, self._writing.values())) == len(self._writes)
-        for write in self._writes.values():
-            assert write.slot not in free, write.slot
-            assert not write.lease.coverage[write.part.item].overlaps(write.part.offset, write.part.offset + write.part.length)
+        self._writes.check_integrity()
 
     def close(self) -> None:
         """Ends all leases and gives the memory back."""
@@ -318,4 +268,4 @@ class Stage:
         self.region.close()
 
     def __repr__(self) -> str:
-        return f"Stage(free={len(self._free)}, owned={len(self._owned)}, limbo={len(self._limbo)}, leases={len(self._leases)})"
+        return f"Stage({self._slots!r}, leases={len(self._leases)})"

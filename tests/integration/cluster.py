@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,13 @@ class Cluster:
         kvstore_module: str = "services.kvstore",
         dtype: str = "float32",
         block_tokens: int = 16,
-        resident: bool = False,
+        resident: Collection[str] = (),
     ) -> None:
         self.model = model
         self.data = data
         self.counts = {"prefill": prefills, "decode": decodes}
         self.transport = transport
-        self.resident = resident  # whether decode keeps KV; if not, what is used again comes from the kvstore
+        self.resident = resident  # roles whose workers keep KV; where none does, what is used again comes from the kvstore
         self.worker_flags = [*worker_flags, "--dtype", dtype, "--block-tokens", str(block_tokens), "--threads", "1"]
         # Routes by rule, however slow the machine: what is stored is loaded, by decode for short tails, else by prefill.
         self.router_flags = ["--scheduler", "paper", "--plans", "direct,storage_to_prefill,recompute", *router_flags]
@@ -188,7 +188,7 @@ class Cluster:
             "--id",
             f"{role}-{number}",
         ]
-        if role == "decode" and not self.resident:
+        if role not in self.resident:
             flags.append("--no-resident")
         self._spawn(f"{role}-{number}", f"services.{role}", [*flags, *self.worker_flags])
 

@@ -201,10 +201,11 @@ async def running_pair(
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
     resident: bool = False,
+    keeping: bool = False,
     store: dict[str, Any] | None = None,
     spare: bool = False,
 ) -> AsyncIterator[Pair]:
-    """The extra arguments are settings of each. `spare`: a second prefill worker."""
+    """The extra arguments are settings of each. `resident`: decode's pool keeps KV. `keeping`: prefill's stage does. `spare`: a second prefill worker."""
     model = model or tiny_model(directory)
     run_dir = str(data) if transport == "shm" else ""
     common = {
@@ -217,18 +218,27 @@ async def running_pair(
         address = await _kvstore(stack, data, {"run_dir": run_dir} | (store or {}))
         client = KvStoreClient(address)
         stack.push_async_callback(client.close)
-        there = await _worker("prefill", PrefillSettings(**common | (prefill or {})), model, PrefillKind(), stack)
+        prefills = common | {"resident": keeping}
+        there = await _worker("prefill", PrefillSettings(**prefills | (prefill or {})), model, PrefillKind(), stack)
         here = await _worker(
             "decode",
-            DecodeSettings(**common | {"pool_bytes": 16 << 20} | (decode or {})),
+            DecodeSettings(**common | {"pool_bytes": 16 << 20, "resident": resident} | (decode or {})),
             model,
-            DecodeKind(resident=resident),
+            DecodeKind(),
             stack,
         )
-        other = await _worker("prefill", PrefillSettings(**common), model, PrefillKind(), stack) if spare else None
+        other = await _worker("prefill", PrefillSettings(**prefills), model, PrefillKind(), stack) if spare else None
         pair = Pair(model, there, here, client, other)
         yield pair
         await pair.check_at_rest()
+
+
+@asynccontextmanager
+async def reborn(pair: Pair, port: int) -> AsyncIterator[nodes.Node[Any]]:
+    """The pair's prefill worker as a new process has it: the same settings, and nothing of what it held."""
+    async with AsyncExitStack() as stack:
+        settings = msgspec.structs.replace(pair.prefill.settings, port=port)
+        yield await _worker("prefill", settings, pair.model, PrefillKind(), stack)
 
 
 def tiny_model(directory: Path, block_tokens: int = 16) -> LoadedModel:

@@ -14,7 +14,8 @@ from common.routes import Leg, Order, Plan
 from common.transport.interface import PartStatus
 from services.decode import prefill_client
 from services.prefill.handoff import Handoff
-from services.prefill.runner import _Run
+from services.prefill.job import Job
+from services.worker.requests import RequestStep
 from tests.integration.oracle import greedy
 from tests.integration.pair import SERVERS, Answer, Pair, faults, running_pair
 from tests.integration.test_routes import BLOCKS, LENGTH, ROUTES, TOKENS, check, of_block, prompt_of
@@ -56,7 +57,7 @@ async def silent(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[N
     """Its connection stands and nothing comes."""
     with monkeypatch.context() as patched:
         patched.setattr(prefill_client, "SILENCE_S", 0.5)
-        patched.setattr(pair.runner.engine, "add", lambda new: None)
+        patched.setattr(pair.runner.means.engine, "add", lambda new: None)
         yield
 
 
@@ -91,7 +92,7 @@ async def restarting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     engine.engine.announce = engine.posting(lambda layer, blocks: computed.set())
 
     async def in_vain(handoff: Handoff) -> None:
-        if handoff._in is pair.runner.handoffs:
+        if handoff._in is pair.runner.means.handoffs:
             await asyncio.Event().wait()
         await send(handoff)
 
@@ -158,10 +159,38 @@ async def test_what_the_first_has_handed_over_is_not_made_again(
         check(directory, prompt, answer)
         report = answer.report
         assert report is not None and report.prefill_retries == 1
-        assert report.decode_to_prefill.bytes == BLOCKS * size and report.prefill_to_decode.bytes == size
-        assert report.storage_to_prefill.bytes == report.storage_to_decode.bytes == 0
+        assert report.decode_to_prefill.bytes == BLOCKS * size and report.prefill_to_decode.bytes == (BLOCKS + 1) * size
+        assert report.storage_to_prefill.bytes == (BLOCKS * size if route else 0) and report.storage_to_decode.bytes == 0
         assert report.plan is (Plan.STORAGE_TO_PREFILL if route else Plan.RECOMPUTE)
         assert report.cached_tokens == (16 * BLOCKS if route else 0)
+
+
+async def test_what_a_worker_had_moved_before_it_failed_is_reported_also_when_nobody_goes_on(
+    pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, size = prompt_of(LENGTH), pair.model.layout.bytes_per_block
+    await pair.keep(prompt)
+    async with handing_over_badly(pair, monkeypatch):
+        answer = await asked(pair, prompt, ROUTES["prefill"], Order.WHOLE, alternates=[])
+    check(directory, prompt, answer)
+    report = answer.report
+    assert report is not None and not report.prefill and report.storage_to_decode.bytes == 0
+    assert report.storage_to_prefill.bytes == report.prefill_to_decode.bytes == BLOCKS * size
+
+
+async def test_who_listens_hears_that_another_is_asked_before_there_is_a_token(
+    pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pair.spare is not None
+    request = await pair.request(prompt_of(LENGTH), alternates=[pair.spare.address])
+    steps: list[RequestStep] = []
+    honest = pair.decoder.start
+    monkeypatch.setattr(pair.decoder, "start", lambda asked, emit: honest(asked, lambda step: (steps.append(step), emit(step))))
+    async with refusing(pair, monkeypatch):
+        check(directory, request.prompt, await pair.run(request))
+    first, *rest = steps
+    assert first.report is not None and first.report.prefill_retries == 1 and not first.tokens and first.finish is None
+    assert all(step.tokens or step.finish for step in rest)
 
 
 async def test_little_that_is_left_decode_does_by_itself(pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,19 +240,19 @@ async def test_a_first_token_that_is_out_stays_the_first(pair: Pair, directory: 
     """The hand-over fails once the token was told: the other worker samples it too, and it is not shown again."""
     prompt = prompt_of(LENGTH)
     told = asyncio.Event()
-    honest_tell, honest_send = _Run._told_first, Handoff._send
+    honest_tell, honest_send = Job._told_first, Handoff._send
 
     def tells(run: Any, step: Any) -> None:
         honest_tell(run, step)
         told.set()
 
     async def fails_then(handoff: Any, parts: Any) -> None:
-        if handoff._in is pair.runner.handoffs:
+        if handoff._in is pair.runner.means.handoffs:
             await told.wait()
             raise TransferFailed("out of luck")
         await honest_send(handoff, parts)
 
-    monkeypatch.setattr(_Run, "_told_first", tells)
+    monkeypatch.setattr(Job, "_told_first", tells)
     monkeypatch.setattr(Handoff, "_send", fails_then)
     for tokens in (1, TOKENS):
         told.clear()

@@ -17,11 +17,12 @@ from services.worker.engine.engine import Engine
 from tests.integration.asking import ask, ask_together, check, settled
 from tests.integration.cluster import Cluster
 from tests.integration.oracle import greedy
-from tests.integration.pair import Answer, Pair, faults, running_pair
+from tests.integration.pair import Answer, Pair, faults, running_pair, tiny_model
 from tests.integration.test_oracle import BLOCK_TOKENS, ROUTER_FLAGS, prompt_of
 from tests.integration.test_routes import of_block
 
 pytestmark = pytest.mark.timeout(300)
+BOTH = ("decode", "prefill")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -29,7 +30,7 @@ def test_a_conversation_goes_on_from_the_pool_without_a_byte_moved(
     family: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tiny(family)
-    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS, resident=True) as cluster:
+    with Cluster(directory, tmp_path, router_flags=ROUTER_FLAGS, block_tokens=BLOCK_TOKENS, resident=BOTH) as cluster:
         said = prompt_of(100)
         for turn in range(4):
             answer = ask(cluster, said)
@@ -53,13 +54,13 @@ def test_a_resident_beginning_and_a_long_tail_go_through_prefill_all_the_same(
     directory = tiny("llama")
     flags = ("--context-tokens", "1024")
     with Cluster(
-        directory, tmp_path, router_flags=ROUTER_FLAGS, worker_flags=flags, block_tokens=BLOCK_TOKENS, resident=True
+        directory, tmp_path, router_flags=ROUTER_FLAGS, worker_flags=flags, block_tokens=BLOCK_TOKENS, resident=BOTH
     ) as cluster:
         base = prompt_of(64)
         check(directory, base, ask(cluster, base))
         prompt = base + prompt_of(600, seed=1)
         check(directory, prompt, ask(cluster, prompt))
-        assert cluster.services["router"].events("request")[-1]["route"] != "resident"
+        assert decided(cluster)["took"]["prefill"]
         again = ask(cluster, prompt)
         check(directory, prompt, again)
         assert again.cached_tokens == 656
@@ -76,7 +77,7 @@ def test_each_conversation_goes_back_to_the_worker_that_holds_it(tiny: Callable[
     directory = tiny("llama")
     flags = ("--scheduler", "earliest_finish", "--resident-timeout-ms", "5000")
     with Cluster(
-        directory, tmp_path, decodes=2, prefills=0, router_flags=flags, block_tokens=BLOCK_TOKENS, resident=True
+        directory, tmp_path, decodes=2, prefills=0, router_flags=flags, block_tokens=BLOCK_TOKENS, resident=BOTH
     ) as cluster:
         talks = [prompt_of(100, seed=seed) for seed in (1, 2)]
         answers = ask_together(cluster, talks)
@@ -297,12 +298,16 @@ async def test_cancelled_while_the_pool_is_read_leaves_nothing(pair: Pair, monke
         await pair.check_at_rest()
 
 
-def test_a_conversation_goes_on_through_prefill_and_nothing_comes_from_storage(directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resident", [("decode",), BOTH], ids=" and ".join)
+def test_a_conversation_goes_on_through_prefill_and_nothing_comes_from_storage(
+    resident: tuple[str, ...], directory: Path, tmp_path: Path
+) -> None:
     """Decode may compute nothing itself here, so that every turn goes through prefill."""
     flags = ("--scheduler", "earliest_finish", "--plans", "storage_to_decode,recompute", "--direct-tail-tokens", "0")
     flags = (*flags, "--resident-timeout-ms", "5000")
-    with Cluster(directory, tmp_path, router_flags=flags, block_tokens=BLOCK_TOKENS, resident=True) as cluster:
-        said = prompt_of(200)
+    size = tiny_model(directory).layout.bytes_per_block
+    with Cluster(directory, tmp_path, router_flags=flags, block_tokens=BLOCK_TOKENS, resident=resident) as cluster:
+        said, kept = prompt_of(200), 0
         for turn in range(3):
             answer = ask(cluster, said)
             check(directory, said, answer)
@@ -313,5 +318,9 @@ def test_a_conversation_goes_on_through_prefill_and_nothing_comes_from_storage(d
                 blocks = (len(said) - 6 - 1) // BLOCK_TOKENS
                 assert answer.cached_tokens == blocks * BLOCK_TOKENS
                 assert took["paths"]["storage_to_decode"]["bytes"] == took["paths"]["storage_to_prefill"]["bytes"] == 0
-                assert took["paths"]["decode_to_prefill"]["bytes"] > 0
+                if "prefill" in resident:  # of what both hold nothing moves
+                    assert took["kept_tokens"] == kept and took["paths"]["decode_to_prefill"]["bytes"] <= size
+                else:
+                    assert took["paths"]["decode_to_prefill"]["bytes"] == blocks * size
+            kept = len(said) // BLOCK_TOKENS * BLOCK_TOKENS
             said = [*said, *answer.token_ids, *prompt_of(6, seed=turn)]

@@ -359,7 +359,7 @@ async def test_prefill_that_falls_silent(pair: Pair, directory: Path, monkeypatc
     prompt = prompt_of(LENGTH)
     await pair.keep(prompt)
     monkeypatch.setattr(prefill_client, "SILENCE_S", 0.3)
-    monkeypatch.setattr(pair.runner.engine, "add", lambda new: None)
+    monkeypatch.setattr(pair.runner.means.engine, "add", lambda new: None)
     for name in ROUTES:
         answer = await pair.ask(prompt, ROUTES[name])
         check(directory, prompt, answer)

@@ -8,11 +8,12 @@ import pytest
 
 from common.errors import Internal, Overloaded, PenstockError
 from common.routes import Leg, Source
-from services.prefill import engine as engines
-from services.prefill.engine import NewRun, PrefillEngine
+from services.prefill import gate
+from services.prefill.engine import PrefillEngine
 from services.prefill.layerwise import InPlace, Layerwise
 from services.prefill.quota import Quota
 from services.prefill.ring import Ring
+from services.prefill.run import NewRun
 from services.worker.engine.types import SequenceStep
 from services.worker.ledger import Ledger
 from services.worker.model import LoadedModel
@@ -141,8 +142,8 @@ def test_a_run_whose_prefix_breaks_within_a_step_loses_that_step_alone(rig: Rig)
 
 
 def test_a_run_that_comes_late_is_planned_again_when_it_is_whole(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "LATE_S", 0.0)
-    monkeypatch.setattr(engines, "LATE_ALONE_S", 0.0)
+    monkeypatch.setattr(gate, "LATE_S", 0.0)
+    monkeypatch.setattr(gate, "LATE_ALONE_S", 0.0)
     prompt, other = make_prompt(40), make_prompt(50, seed=1)
     whole = rig.new("whole", prompt)
     rig.run()

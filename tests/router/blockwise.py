@@ -6,7 +6,8 @@ or computing begins, and by one of them only.
 """
 
 from common.routes import Order, Source
-from services.router.policy.estimates import RUN_S, Estimate, claim
+from services.router.policy.division import claim
+from services.router.policy.estimates import RUN_S, Estimate
 
 
 def first_token_s(

@@ -14,7 +14,12 @@ from services.router.policy.workers import Refusal
 NS = "aa"
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 1_000_000
-_MARKS = {Source.RESIDENT: "resident", Source.STORAGE_TO_DECODE: "decode", Source.STORAGE_TO_PREFILL: "prefill"}
+_MARKS = {
+    Source.RESIDENT: "resident",
+    Source.RESIDENT_AT_PREFILL: "kept",
+    Source.STORAGE_TO_DECODE: "decode",
+    Source.STORAGE_TO_PREFILL: "prefill",
+}
 
 
 def decode(name: str, **facts: object) -> DecodeView:
@@ -105,11 +110,12 @@ clusters = st.builds(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Query, ClusterView]:
-    """A request and a cluster; some of the decode workers hold some of its blocks."""
+    """A request and a cluster; some of the workers hold some of its blocks."""
     cluster = draw(clusters)
     size = draw(st.integers(1, 50_000))
     blocks = st.integers(0, (size - 1) // BLOCK_TOKENS)
-    holders = draw(st.lists(st.sampled_from([w.address for w in cluster.decodes] or [""]), max_size=2, unique=True))
+    workers = [worker.address for worker in (*cluster.decodes, *cluster.prefills)] or [""]
+    holders = draw(st.lists(st.sampled_from(workers), max_size=4, unique=True))
     query = Query(
         prompt_tokens=size,
         stored_blocks=draw(blocks),

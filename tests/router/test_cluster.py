@@ -18,11 +18,18 @@ from tests.router.test_generation import PROMPT
 
 
 class ScriptedPrefill(pb_grpc.PrefillServicer):
-    """Answers Describe: the router never calls anything else of a prefill worker."""
+    """Answers Describe and Resident: the router never calls anything else of a prefill worker."""
 
     def __init__(self, namespace: str = NAMESPACE) -> None:
         self.namespace = namespace
         self.address = ""
+        self.resident_blocks = 0
+        self.silent = False
+
+    async def Resident(self, request: pb.ResidentRequest, context: Any) -> pb.ResidentReply:
+        if self.silent:
+            await asyncio.Event().wait()
+        return pb.ResidentReply(blocks=min(self.resident_blocks, len(request.keys)))
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.WorkerInfo:
         return pb.WorkerInfo(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from common.routes import Plan, Source
 from services.router.placement import Route, route
 from services.router.policy.candidates import SMALL_S
-from services.router.policy.estimates import claim
+from services.router.policy.division import claim
 from services.router.policy.plans import PLANS
 from services.router.policy.settings import PolicySettings
 from services.router.policy.view import ClusterView, Query

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -143,6 +144,79 @@ async def test_alternates_are_sent_along_and_those_that_were_asked_are_told_of(
         assert "asked 1 more of prefill; prefill-1 brought it to its end" in capsys.readouterr().out
         text = (await stack.http.get("/metrics")).text
         assert 'penstock:prefill_retries_total{model_name="tiny"} 1.0' in text
+
+
+async def test_a_request_is_counted_at_the_prefill_worker_that_has_it(start_stack: StackMaker) -> None:
+    """The route's, until decode says that it asked another; nobody's, once there is a token."""
+    failing, working = asyncio.Event(), asyncio.Event()
+
+    async def script(start: pb.Start) -> AsyncIterator[pb.SequenceStep]:
+        await failing.wait()
+        yield pb.SequenceStep(report=pb.Report(prefill_retries=1))
+        await working.wait()
+        yield pb.SequenceStep(tokens=[pb.Token(id=70)], report=pb.Report(prefill="prefill-1", prefill_retries=1))
+        yield pb.SequenceStep(tokens=[pb.Token(id=71)], finish="length")
+
+    async with (
+        ScriptedPrefill().running() as one,
+        ScriptedPrefill().running() as other,
+        start_stack(prefill=(one.address, other.address), direct_tail_tokens=7) as stack,
+    ):
+        stack.decode.script = script
+        cluster = stack.router._generator.cluster
+        asking = asyncio.create_task(stack.complete(prompt=PROMPT, max_tokens=2))
+        await stack.decode.started.wait()
+        route = stack.decode.starts[-1].route
+        first, second = (cluster.peers["prefill", address] for address in (route.prefill, route.alternates[0]))
+
+        async def counted(here: int, there: int) -> None:
+            async with asyncio.timeout(20):
+                while (first.account.sequences_live, second.account.sequences_live) != (here, there):
+                    await asyncio.sleep(0.01)  # a poll of the router, bounded above
+
+        await counted(1, 0)
+        assert first.account.compute.left(time.monotonic()) > 0
+        failing.set()
+        await counted(0, 1)
+        assert first.account.compute.left(time.monotonic()) == 0 < second.account.compute.left(time.monotonic())
+        working.set()
+        await asking
+        await counted(0, 0)
+
+
+async def test_what_a_prefill_worker_holds_is_asked_for_routed_and_shown(
+    start_stack: StackMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(start: pb.Start) -> AsyncIterator[pb.SequenceStep]:
+        report = pb.Report(plan="resident", prefill="prefill-0", cached_tokens=64, kept_tokens=64)
+        yield pb.SequenceStep(tokens=[pb.Token(id=70)], finish="length", report=report)
+
+    async with (
+        ScriptedPrefill().running() as prefill,
+        start_stack(prefill=(prefill.address,), direct_tail_tokens=7, resident_timeout_ms=5000) as stack,
+    ):
+        stack.decode.script, prefill.resident_blocks = script, 4
+        await stack.complete(prompt=PROMPT)
+        (leg,) = stack.decode.starts[-1].route.legs
+        assert (leg.first_block, leg.last_block, leg.source) == (0, 4, pb.RESIDENT_AT_PREFILL)
+        assert stack.decode.starts[-1].route.prefill == prefill.address
+        assert (await asked(stack))["decisions"][0]["query"]["resident"] == {prefill.address: 4}
+        assert await asyncio.to_thread(explain.main, ["--url", f"http://{stack.router.http_address}"]) == 0
+        shown = capsys.readouterr().out
+        for text in ("prefill-0 still holds 4 blocks", "[0, 4) resident_at_prefill", "prefill-0 still held 64 of these tokens"):
+            assert text in shown, shown
+        assert 'penstock:kept_tokens_total{model_name="tiny"} 64.0' in (await stack.http.get("/metrics")).text
+
+
+async def test_a_prefill_worker_that_does_not_say_what_it_holds_is_not_waited_for(start_stack: StackMaker) -> None:
+    async with (
+        ScriptedPrefill().running() as prefill,
+        start_stack(prefill=(prefill.address,), direct_tail_tokens=7, resident_timeout_ms=20) as stack,
+    ):
+        prefill.resident_blocks, prefill.silent = 4, True
+        await stack.complete(prompt=PROMPT)
+        assert not stack.decode.starts[-1].route.legs
+        assert (await asked(stack))["decisions"][0]["query"]["resident"] == {}
 
 
 async def test_estimates_their_errors_and_queues_are_in_the_metrics(start_stack: StackMaker) -> None:

@@ -155,6 +155,51 @@ ROUTES: dict[str, tuple[Query, ClusterView, PolicySettings]] = {
         OURS,
     ),
     "paper: what decode holds, prefill reads": (msgspec.structs.replace(LONG, resident={"d0:1": 600}), PAIR, PAPER),
+    "prefill still holds all that is stored: it is handed over, and nothing is loaded": (
+        msgspec.structs.replace(LONG, resident={"p0:1": 600}),
+        PAIR,
+        OURS,
+    ),
+    "prefill still holds a part: the rest is shared": (msgspec.structs.replace(LONG, resident={"p0:1": 400}), PAIR, OURS),
+    "prefill still holds more than is stored": (
+        Query(prompt_tokens=20_000, stored_blocks=100, resident={"p0:1": 700}),
+        view(decode("d0", **M(storage=1e6)), prefill("p0", **M(storage=1e6))),
+        OURS,
+    ),
+    "decode holds a part, and prefill more of it": (
+        msgspec.structs.replace(LONG, resident={"d0:1": 200, "p0:1": 500}),
+        PAIR,
+        OURS,
+    ),
+    "prefill holds a part, and decode more of it: prefill reads the difference": (
+        msgspec.structs.replace(LONG, resident={"d0:1": 600, "p0:1": 500}),
+        PAIR,
+        OURS,
+    ),
+    "an agent's next turn goes to the prefill worker that holds its context, though others are idler": (
+        msgspec.structs.replace(LONG, resident={"p4:1": 580}),
+        view(
+            decode("d0", **M()),
+            *(prefill(f"p{i}", **M()) for i in range(4)),
+            prefill("p4", tokens=500, queued_tokens=900, **M()),
+        ),
+        OURS,
+    ),
+    "who holds the context is so busy that loading elsewhere is quicker": (
+        msgspec.structs.replace(LONG, resident={"p4:1": 580}),
+        view(
+            decode("d0", **M()),
+            *(prefill(f"p{i}", **M()) for i in range(4)),
+            prefill("p4", tokens=500, queued_tokens=4900, **M()),
+        ),
+        OURS,
+    ),
+    "what prefill holds is not worth a slow way to decode": (
+        msgspec.structs.replace(LONG, resident={"p1:1": 600}),
+        view(decode("d0", **M()), prefill("p0", **M()), prefill("p1", **M() | {"peer_write": Link(20e6)})),
+        OURS,
+    ),
+    "paper: what prefill holds is handed over": (msgspec.structs.replace(LONG, resident={"p0:1": 600}), PAIR, PAPER),
     "begun elsewhere: decode does it all": (msgspec.structs.replace(LONG, moved=True), PAIR, OURS),
     "only whole loads are allowed": (LONG, view(decode("d0", **M()), prefill("p0", **M(storage=150e6))), WHOLE),
     "paper: the shorter read queue is decode's": (
@@ -300,7 +345,7 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
     if isinstance(decision, Refusal):
         return
     for estimate in decision.candidates:
-        check_legs(query, estimate.decode, estimate.legs, SHAPES[estimate.plan].loads)
+        check_legs(query, estimate.decode, estimate.prefill, estimate.legs, SHAPES[estimate.plan].loads)
         if not estimate.prefill and estimate.legs:
             assert [leg.first_block for leg in estimate.legs] == [0, *(leg.last_block for leg in estimate.legs[:-1])], "no gaps"
         covered = sum(leg.blocks for leg in estimate.legs)
@@ -308,19 +353,22 @@ def test_legs_are_ordered_disjoint_and_of_stored_blocks(case: tuple[Query, Clust
         assert 1 <= estimate.computed_tokens <= query.prompt_tokens and least <= estimate.computed_tokens
         assert (estimate.computed_tokens == least) or estimate.order is Order.MEET
         assert (estimate.order is Order.MEET) == SHAPES[estimate.plan].meets
-        resident = sum(leg.blocks for leg in estimate.legs if leg.source is Source.RESIDENT)
-        loaded = estimate.moved.storage_to_decode + estimate.moved.storage_to_prefill
-        tokens = estimate.computed_tokens + (resident + loaded // cluster.stored_bytes_per_block) * BLOCK_TOKENS
-        assert tokens == query.prompt_tokens and loaded % cluster.stored_bytes_per_block == 0
-        read = resident + estimate.moved.storage_to_decode // cluster.stored_bytes_per_block if estimate.prefill else 0
-        assert estimate.moved.decode_to_prefill == read * cluster.bytes_per_block, (
-            "what decode has goes on to prefill, and no more"
-        )
-        assert (
-            estimate.moved.decode_to_prefill
-            >= estimate.queued.decode_to_prefill
-            >= resident * cluster.bytes_per_block * bool(estimate.prefill)
-        )
+        here = sum(leg.blocks for leg in estimate.legs if leg.source is Source.RESIDENT)
+        kept = sum(leg.blocks for leg in estimate.legs if leg.source is Source.RESIDENT_AT_PREFILL)
+        moved, queued, stored, raw = estimate.moved, estimate.queued, cluster.stored_bytes_per_block, cluster.bytes_per_block
+        loaded = moved.storage_to_decode + moved.storage_to_prefill
+        tokens = estimate.computed_tokens + (here + kept + loaded // stored) * BLOCK_TOKENS
+        assert tokens == query.prompt_tokens and loaded % stored == 0
+        if not estimate.prefill:
+            assert moved.decode_to_prefill == moved.prefill_to_decode == queued.decode_to_prefill == queued.prefill_to_decode == 0
+            continue
+        both = query.resident.get(estimate.prefill, 0) if estimate.legs else 0
+        pulled = moved.storage_to_decode // stored
+        read, handed = max(0, here - both), -(-query.prompt_tokens // BLOCK_TOKENS) - here - pulled
+        assert moved.decode_to_prefill == (read + pulled) * raw, "what only decode has goes on to prefill, and no more"
+        assert moved.prefill_to_decode == handed * raw, "what decode lacks goes there, and no more"
+        assert moved.decode_to_prefill >= queued.decode_to_prefill >= read * raw
+        assert moved.prefill_to_decode >= queued.prefill_to_decode >= kept * raw
 
 
 @given(cases())
@@ -388,6 +436,17 @@ def test_the_same_view_gives_the_same_route_whatever_its_order(case: tuple[Query
     assert route(query, cluster, 5.0, settings) == route(query, turned, 5.0, settings)
 
 
+@given(cases())
+def test_what_prefill_workers_hold_never_makes_a_route_later(case: tuple[Query, ClusterView]) -> None:
+    """But by what counts as about equal, and where some other worker's guess comes in between."""
+    query, cluster = case
+    at_decode = {w.address: query.resident[w.address] for w in cluster.decodes if w.address in query.resident}
+    known, unknown = route(query, cluster, 5.0), route(msgspec.structs.replace(query, resident=at_decode), cluster, 5.0)
+    if isinstance(known, Refusal) or isinstance(unknown, Refusal) or any(e.guess for e in known.candidates):
+        return
+    assert known.estimate.finish_s <= unknown.estimate.finish_s * (1 + OURS.error_band) + SMALL_S
+
+
 def test_the_namespace_of_most_workers_is_the_clusters_and_a_tie_changes_nothing() -> None:
     assert cluster_namespace(["a", "b", "b"], "a") == "b"
     assert cluster_namespace(["a", "b"], "a") == "a"
@@ -412,13 +471,15 @@ def roomy(query: Query, worker: DecodeView) -> bool:
     return pool and (not worker.stage_slots_total or -(-query.prompt_tokens // BLOCK_TOKENS) <= worker.stage_slots_free)
 
 
-def check_legs(query: Query, address: str, legs: tuple[Leg, ...], loads: tuple[Source, ...]) -> None:
-    resident = query.resident.get(address, 0)
+def check_legs(query: Query, decode: str, prefill: str, legs: tuple[Leg, ...], loads: tuple[Source, ...]) -> None:
+    here, kept = query.resident.get(decode, 0), query.resident.get(prefill, 0)
     cursor = 0
     for leg in legs:
         assert cursor <= leg.first_block < leg.last_block
         cursor = leg.last_block
         if leg.source is Source.RESIDENT:
-            assert leg.first_block == 0 and leg.last_block == resident
+            assert leg.first_block == 0 and leg.last_block == here
+        elif leg.source is Source.RESIDENT_AT_PREFILL:
+            assert (leg.first_block, leg.last_block) == (here, kept)
         else:
-            assert leg.source in loads and resident <= leg.first_block and leg.last_block <= query.stored_blocks
+            assert leg.source in loads and max(here, kept) <= leg.first_block and leg.last_block <= query.stored_blocks

@@ -17,7 +17,8 @@ from services.router.backlog import REPORT_LAG_S, Backlog
 from services.router.peers import worker_info
 from services.router.placement import Route, route
 from services.router.policy.corrections import CORRECTION_MAX, FORGET_S, Corrections
-from services.router.policy.estimates import Demand, claim
+from services.router.policy.division import claim
+from services.router.policy.estimates import Demand
 from services.router.policy.rates import PRIOR_STORAGE_BYTES_PER_S, STALE_S, UNDER_WAY_S, rates_of
 from services.router.policy.shares import Filler, level_s, share
 from services.router.policy.view import ClusterView, Link, Query

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.blocks import BlockKey
 from common.errors import InvalidRequest, LeaseRejected, Overloaded
 from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.memory import checksums, crc32c
@@ -227,6 +228,39 @@ def test_coverage_is_the_set_of_bytes_added(added: list[tuple[int, int]], start:
     assert flat == sorted(set(flat))
 
 
+# Keeping
+
+
+def test_what_is_kept_is_there_again_for_who_knows_its_key(stage: Stage) -> None:
+    slots, keys = stage.reserve(3), [BlockKey(bytes([i]) * 32) for i in range(3)]
+    for slot in slots:
+        stage.view(slot)[:] = bytes([slot]) * SLOT
+    stage.keep(slots[:2], keys[:2])
+    stage.free(slots)
+    assert stage.slots_free == 8 and stage.held_blocks(keys) == 2 and stage.held_blocks(keys[1:]) == 1
+    with pytest.raises(InvalidRequest, match="expected an owned slot"):
+        stage.view(slots[0])
+    assert stage.adopt(keys) == slots[:2]
+    assert all(bytes(stage.view(slot)) == bytes([slot]) * SLOT for slot in slots[:2])
+    stage.check_integrity()
+    with pytest.raises(Overloaded, match="7 slots asked for, 6 of 8 are free"):
+        stage.reserve(7)
+    stage.free(slots[:2])
+    assert len(stage.reserve(8)) == 8 and stage.held_blocks(keys) == 0, "nothing is refused because of what is kept"
+    stage.check_integrity()
+
+
+async def test_a_lease_ends_with_the_last_owner_of_one_of_its_slots(stage: Stage) -> None:
+    slots, key = stage.reserve(2), BlockKey(bytes(32))
+    stage.keep(slots[:1], [key])
+    lease = stage.grant(slots, Right.READ, 10)
+    stage.free(stage.adopt([key]))
+    assert lease.live
+    stage.free(slots)
+    assert not lease.live
+    stage.check_integrity()
+
+
 # Sharing: the owner fills some items, the holder the others
 
 
@@ -242,11 +276,11 @@ async def read_one(stage: Stage, lease: Lease, item: int, length: int = SLOT) ->
 
 async def test_a_read_waits_until_the_owner_has_filled_the_item(stage: Stage) -> None:
     lease = await share(stage)
-    stage.await_own(lease, [0, 1])
+    lease.await_own([0, 1])
     reading = asyncio.create_task(read_one(stage, lease, 0))
     await asyncio.sleep(0)
     assert not reading.done()
-    stage.fill(lease, 0)
+    lease.fill(0)
     assert await reading is PartStatus.OK
     stage.check_integrity()
 
@@ -254,26 +288,26 @@ async def test_a_read_waits_until_the_owner_has_filled_the_item(stage: Stage) ->
 async def test_a_read_of_what_does_not_come_is_answered_in_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.worker.stage.PARK_S", 0.0)
     lease = await share(stage)
-    stage.await_own(lease, [0])
+    lease.await_own([0])
     assert await read_one(stage, lease, 0) is PartStatus.EXPIRED
     assert await read_one(stage, lease, 1) is PartStatus.EXPIRED  # not known yet to be the owner's
 
 
 async def test_what_the_owner_gives_up_is_missing_and_the_holders_to_fill(stage: Stage) -> None:
     lease = await share(stage)
-    stage.await_own(lease, [0])
+    lease.await_own([0])
     waiting = asyncio.create_task(read_one(stage, lease, 0))
     await asyncio.sleep(0)
-    stage.give_up(lease, 0)
+    lease.give_up(0)
     assert await waiting is PartStatus.MISSING
     assert isinstance(stage.write_buffers(lease.token, [Part(0, 0, SLOT)])[0], memoryview)
 
 
 async def test_a_write_to_what_the_owner_fills_is_dropped(stage: Stage) -> None:
     lease = await share(stage)
-    stage.await_own(lease, [0])
+    lease.await_own([0])
     assert stage.write_buffers(lease.token, [Part(0, 0, 8)]) == [PartStatus.OK]
-    stage.fill(lease, 0)
+    lease.fill(0)
     assert stage.write_buffers(lease.token, [Part(0, 0, 8)]) == [PartStatus.OK]
     assert isinstance(stage.write_buffers(lease.token, [Part(1, 0, 8)])[0], memoryview)
 
@@ -288,10 +322,10 @@ async def test_the_owner_takes_over_an_item_that_the_holder_began(ends: str, sta
     assert await stage.commit(lease.token, [first], [buffer], [0]) == [PartStatus.OK]
     (late,) = stage.write_buffers(lease.token, [rest])  # under way while the owner takes over
     assert isinstance(late, memoryview)
-    stage.await_own(lease, [0])
+    lease.await_own([0])
     assert stage.write_buffers(lease.token, [rest]) == [PartStatus.OK]
     stage.check_integrity()
-    getattr(stage, ends)(lease, 0)
+    getattr(lease, ends)(0)
     assert lease.is_filled(0) is (ends == "fill")
     assert await stage.commit(lease.token, [rest], [late], [0]) == [PartStatus.OK]
     assert lease.is_filled(0) and await read_one(stage, lease, 0) is PartStatus.OK
@@ -303,19 +337,19 @@ async def test_what_the_holder_completes_meanwhile_is_not_given_up(stage: Stage)
     whole = Part(0, 0, SLOT)
     (buffer,) = stage.write_buffers(lease.token, [whole])
     assert isinstance(buffer, memoryview)
-    stage.await_own(lease, [0])
+    lease.await_own([0])
     assert await stage.commit(lease.token, [whole], [buffer], [0]) == [PartStatus.OK]
     stage.check_integrity()
-    stage.give_up(lease, 0)
+    lease.give_up(0)
     stage.check_integrity()
     assert await read_one(stage, lease, 0) is PartStatus.OK
 
 
 async def test_reads_that_wait_end_with_their_lease(stage: Stage) -> None:
     lease = await share(stage)
-    stage.await_own(lease, [0])
+    lease.await_own([0])
     reading = asyncio.create_task(read_one(stage, lease, 0))
     await asyncio.sleep(0)
     stage.free(list(lease.slots))
     assert await reading is PartStatus.REJECTED
-    stage.fill(lease, 0)  # the owner's own pull may end later: it matters to nobody
+    lease.fill(0)  # the owner's own pull may end later: it matters to nobody

@@ -32,8 +32,7 @@ def candidates(
     for decode in decodes:
         for prefill in (None, *prefills):
             pair = Pair(query, view, settings, rates, decode, prefill)
-            loads = bool(query.stored_blocks or query.resident.get(decode.address))
-            made = [pair.estimate(plan) for plan in _plans(settings, "prefill" if prefill else "decode", loads)]
+            made = [pair.estimate(plan) for plan in _plans(settings, "prefill" if prefill else "decode", pair.stored_blocks > 0)]
             found += [e for e in made if e is not None and (not prefills or _spares(e, decode, settings))]
     return found
 
@@ -56,7 +55,7 @@ def direct_tail_tokens(decode: DecodeView, settings: PolicySettings) -> int:
 
 
 def _plans(settings: PolicySettings, computer: str, loads: bool) -> Sequence[Plan]:
-    """Those to estimate; `loads`: there is something that a plan could load."""
+    """Those to estimate; `loads`: there is something that is stored or held, and needn't be computed."""
     if not loads:
         return (Plan.RECOMPUTE,)
     allowed = {*settings.plans, Plan.RECOMPUTE}

@@ -1,10 +1,12 @@
 """What a plan would take: a model of one request on a decode worker and perhaps a prefill worker. Pure.
 
-A prompt of T tokens has n leading blocks stored, of which decode still holds the first r. The model:
+A prompt of T tokens has n leading blocks stored. Decode still holds the first d, prefill the first p, and r is the more of both.
+The model:
 
 - *Links.* Bytes over a link wait for those queued there, then move at its measured rate. Blocks that decode
   pulls for prefill go on to it while others are pulled; blocks that prefill pulls go on to decode likewise: two
-  links in a row move at the pace of the slower. What decode holds takes its way to prefill, and no storage link.
+  links in a row move at the pace of the slower. What one of them holds and the other lacks takes its way there, and no
+  storage link: blocks [p, d) to prefill, or [d, p) to decode. What both hold moves nowhere.
 - *Compute.* One worker computes tokens one after another at its measured speed, after those queued there that go first: at
   prefill, what is due before a run of its size (common/runs.py).
 - *Filling.* The blocks [r, n) are shared out so that all sources of the plan are done at once (`shares.py`). With
@@ -18,11 +20,11 @@ model leaves out, attention's growth with the context among it, is what the corr
 """
 
 import functools
-import math
 
 import msgspec
 
 from common.routes import Leg, Order, Plan, Source
+from services.router.policy.division import Division, Held, claim, legs_of, traffic_of
 from services.router.policy.paths import Moved, Paths
 from services.router.policy.plans import SHAPES, Shape
 from services.router.policy.rates import Rates
@@ -31,8 +33,6 @@ from services.router.policy.shares import Filler, share
 from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query
 
 RUN_S = 0.005  # a prefill run's round trips: the call, its leases, the first slices
-CLAIM_BLOCKS = 3  # on their way when load and compute meet: one each of a reader's requests (services/worker/loading.py)
-MARGIN = 0.5  # of what is expected to be loaded under MEET: what may be loaded beyond that
 GUESS_ERROR = 1.0  # of an estimate that rests on a rate nobody measured
 
 
@@ -97,18 +97,6 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         return Demand(computed, computed, queued.storage_to_prefill, queued.decode_to_prefill, queued.prefill_to_decode, meets)
 
 
-class Division(msgspec.Struct, frozen=True):
-    """Who brings the blocks [0, blocks): `loaded` per load of the plan, the rest computed or still held by decode."""
-
-    loaded: tuple[int, ...]
-    computed: int
-    resident: int
-
-    @property
-    def blocks(self) -> int:
-        return sum(self.loaded) + self.computed + self.resident
-
-
 class Pair:
     """One decode worker, with the prefill worker that computes for it or None. `estimate` asks about one plan."""
 
@@ -124,8 +112,8 @@ class Pair:
         self._view = view
         self._settings = settings
         self._tokens = query.prompt_tokens
-        self._resident = query.resident.get(decode.address, 0)
-        self._stored = max(query.stored_blocks, self._resident)
+        self._held = Held(query.resident.get(decode.address, 0), query.resident.get(prefill.address, 0) if prefill else 0)
+        self.stored_blocks = max(query.stored_blocks, self._held.blocks)
         self._step_s = (prefill or decode).prefill_step_s
         self._decode = decode.address
         self._prefill = prefill.address if prefill else ""
@@ -135,13 +123,14 @@ class Pair:
         """None when the plan comes to another one here: it would load nothing, or compute nothing beside its loads."""
         shape = SHAPES[plan]
         if not shape.loads:
-            return self._reckon(plan, shape, Division((), 0, 0))
-        missing = self._stored - self._resident
+            return self._reckon(plan, shape, Division((), 0))
+        held = self._held
+        missing = self.stored_blocks - held.blocks
         shares = share(self._fillers(shape), missing)
-        division = Division(shares[: len(shape.loads)], sum(shares[len(shape.loads) :]), self._resident)
-        if shape.meets and self._resident and not self._prefill:  # alone, decode loads what is missing, then computes
+        division = Division(shares[: len(shape.loads)], sum(shares[len(shape.loads) :]), held)
+        if shape.meets and held.blocks and not self._prefill:  # alone, decode loads what is missing, then computes
             return None
-        if missing == 0 and (shape.meets or shape.loads != (Source.STORAGE_TO_DECODE,) or not self._resident):
+        if missing == 0 and (shape.meets or shape.loads != (self._would_load,)):
             return None
         if missing and not all(division.loaded):
             return None
@@ -149,9 +138,14 @@ class Pair:
         idle = shape.meets and not division.computed
         return None if idle and not estimate.guess and self._settings.scheduler is Scheduler.EARLIEST_FINISH else estimate
 
+    @property
+    def _would_load(self) -> Source:
+        """Over whose link the plan would load that stands for everything being held: the one's who holds most."""
+        return Source.STORAGE_TO_PREFILL if self._held.to_decode else Source.STORAGE_TO_DECODE
+
     def _paths(self, shape: Shape) -> Paths:
         """As they are for a run of the plan's size: of what isn't loaded, or, with MEET, all that compute may come to."""
-        there = self._resident if shape.meets else self._stored if shape.loads else 0
+        there = self._held.blocks if shape.meets else self.stored_blocks if shape.loads else 0
         return self._made(self._tokens - there * self._view.block_tokens, shape.meets)
 
     def _fillers(self, shape: Shape) -> list[Filler]:
@@ -163,19 +157,19 @@ class Pair:
         return fillers
 
     def _held_s(self, paths: Paths) -> float:
-        """Until prefill has read what decode still holds."""
-        if paths.peer_read is None or not self._resident:
+        """Until prefill has read what only decode holds."""
+        if paths.peer_read is None or not self._held.to_prefill:
             return 0.0
-        return paths.peer_read.wait_s + paths.peer_read.over_s(self._resident)
+        return paths.peer_read.wait_s + paths.peer_read.over_s(self._held.to_prefill)
 
     def _reckon(self, plan: Plan, shape: Shape, division: Division) -> Estimate:
         """The model of the module's text, for one division of the stored blocks."""
         paths, block_tokens = self._paths(shape), self._view.block_tokens
-        loads, legs = division.loaded, _legs(shape, division)
+        loads, legs = division.loaded, legs_of(shape, division)
         filled = [f.filled_s(n) for f, n in zip(self._fillers(shape), (*loads, division.computed), strict=False)]
-        traffic = _traffic(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)
+        traffic = traffic_of(shape, division, -(-self._tokens // block_tokens) if self._prefill else None)
         load_s = max(filled[: len(loads)], default=0.0)
-        if paths.peer_read is not None and division.resident:
+        if paths.peer_read is not None and division.held.to_prefill:
             load_s = max(load_s, paths.peer_read.wait_s + paths.peer_read.over_s(traffic.decode_to_prefill))
         tail = self._tokens - division.blocks * block_tokens
         computed_tokens = tail + division.computed * block_tokens
@@ -191,7 +185,7 @@ class Pair:
             first_token_s += RUN_S
         correction = self._view.corrections.get(plan, 1.0)
         loading = [source for source, blocks in zip(shape.loads, loads, strict=False) if blocks]
-        used = paths.used(loading, bool(division.resident))
+        used = paths.used(loading, bool(division.held.to_prefill))
         guess = any(pipe.guess for pipe in used)
         return Estimate(
             plan=plan,
@@ -211,40 +205,9 @@ class Pair:
             error=GUESS_ERROR if guess else self._settings.error_band,
             computed_tokens=computed_tokens,
             moved=traffic.in_bytes(self._view.stored_bytes_per_block, self._view.bytes_per_block),
-            queued=paths.queued(traffic).in_bytes(self._view.stored_bytes_per_block, self._view.bytes_per_block),
+            queued=paths.queued(traffic, division.held.to_decode if self._prefill else 0).in_bytes(
+                self._view.stored_bytes_per_block, self._view.bytes_per_block
+            ),
             guess=guess,
             busy_guess=any(pipe.busy_guess for pipe in used),
         )
-
-
-def _traffic(shape: Shape, division: Division, prompt_blocks: int | None) -> Moved:
-    """Blocks per path. `prompt_blocks`: of the whole prompt, when prefill computes; None: nothing is handed over."""
-    by = dict(zip(shape.loads, division.loaded, strict=True))
-    to_decode, to_prefill = by.get(Source.STORAGE_TO_DECODE, 0), by.get(Source.STORAGE_TO_PREFILL, 0)
-    if prompt_blocks is None:
-        return Moved(to_decode)
-    at_decode = to_decode + division.resident
-    return Moved(to_decode, to_prefill, at_decode, prompt_blocks - at_decode)
-
-
-def claim(blocks: int) -> int:
-    """Blocks of a leg that are on their way when MEET is over: compute may have to wait for so many."""
-    return min(CLAIM_BLOCKS, blocks)
-
-
-def _legs(shape: Shape, division: Division) -> tuple[Leg, ...]:
-    """Resident blocks, then the loads in the plan's order.
-
-    Under MEET, the first load's leg also covers the last of the blocks that compute is expected to take, so that the load goes
-    on when compute is late. It doesn't cover them all: what nobody will load isn't queued.
-    """
-    legs = [Leg(0, division.resident, Source.RESIDENT)] if division.resident else []
-    first = division.resident + division.computed
-    margin = min(division.computed, math.ceil(MARGIN * sum(division.loaded)))
-    if "decode" in shape.computers:  # it loads what is covered from the prompt's start on
-        margin = division.computed
-    for source, blocks in zip(shape.loads, division.loaded, strict=True):
-        if blocks:
-            legs.append(Leg(first - margin, first + blocks, source))
-        first, margin = first + blocks, 0
-    return tuple(legs)

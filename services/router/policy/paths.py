@@ -63,19 +63,19 @@ class Paths(msgspec.Struct, frozen=True):
         return self.storage(source).then(onward) if onward is not None else self.storage(source)
 
     def used(self, loads: Iterable[Source], held: bool) -> list[Pipe]:
-        """All that a plan with these loads depends on. `held`: it begins with what decode holds."""
+        """All that a plan with these loads depends on. `held`: prefill reads what decode holds."""
         between = (self.peer_write, self.peer_read if held else None)
         return [*map(self.load, loads), self.compute, *(pipe for pipe in between if pipe is not None)]
 
-    def queued(self, blocks: Moved) -> Moved:
-        """Of these blocks, what will wait at each link: all at a storage link; between workers, what decode holds already, and what
-        storage brings faster than it goes on."""
+    def queued(self, blocks: Moved, kept: int) -> Moved:
+        """Of these blocks, what will wait at each link: all at a storage link; between workers, what one holds already (`kept`: of
+        prefill's, for decode), and what storage brings faster than it goes on."""
         held = max(0, blocks.decode_to_prefill - blocks.storage_to_decode)
         return Moved(
             blocks.storage_to_decode,
             blocks.storage_to_prefill,
             held + round(blocks.storage_to_decode * _excess(self.decode_storage, self.peer_read)),
-            round(blocks.prefill_to_decode * _excess(self.prefill_storage, self.peer_write)),
+            kept + round((blocks.prefill_to_decode - kept) * _excess(self.prefill_storage, self.peer_write)),
         )
 
     def work_s(self, blocks: Moved) -> float:

@@ -109,7 +109,7 @@ class Query(msgspec.Struct, frozen=True):
         stored_blocks: leading blocks that are stored and leased.
         kvstore: address of the store that holds them, and takes the new ones; empty: none.
         avoid: decode workers that failed this request; taken only when there is no other.
-        resident: leading blocks that a decode worker still holds, by its address.
+        resident: leading blocks that a worker still holds, by its address: a decode worker's pool, a prefill worker's stage.
         turn: number of the request at this router, for `round_robin`.
         moved: another worker began the answer, so decode must compute what is missing itself.
     """

@@ -13,14 +13,16 @@ computing its prompt would cost every request there.
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 
 from services.router.policy.settings import Z_FACTOR, PolicySettings, Scheduler
-from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query
+from services.router.policy.view import ClusterView, DecodeView, PrefillView, Query, WorkerView
 
+W = TypeVar("W", bound=WorkerView)
 DECODES_MAX = 2  # of the shortlist: every pair costs a handful of estimates
-PREFILLS_MAX = 3
+PREFILLS_MAX = 3  # likewise, without the one that holds most of the prompt
 ALTERNATES_MAX = 2  # prefill workers to ask when the chosen one fails: each may cost its silence (decode/prefill_client.py)
 
 
@@ -67,14 +69,14 @@ def decodes(query: Query, view: ClusterView, now: float, settings: PolicySetting
     if settings.scheduler is Scheduler.PAPER:
         return [Listed(equal[0], reason)]
     listed = [Listed(w, reason) for w in equal[:DECODES_MAX]]
-    return listed + _holder(query, [w for w in under if w not in equal[:DECODES_MAX]])
+    holder = _holder(query, [w for w in under if w not in equal[:DECODES_MAX]])
+    return [*listed, *(Listed(w, f"holds {query.resident[w.address]} blocks") for w in holder)]
 
 
-def _holder(query: Query, workers: Sequence[DecodeView]) -> list[Listed]:
+def _holder(query: Query, workers: Sequence[W]) -> Sequence[W]:
     """The worker that still holds most of the prompt, if one does."""
-    held = {w.address: query.resident.get(w.address, 0) for w in workers}
-    best = max(workers, key=lambda w: (held[w.address], w.address), default=None)
-    return [Listed(best, f"holds {held[best.address]} blocks")] if best is not None and held[best.address] else []
+    best = max(workers, key=lambda w: (query.resident.get(w.address, 0), w.address), default=None)
+    return [best] if best is not None and query.resident.get(best.address) else []
 
 
 def prefills(query: Query, view: ClusterView, settings: PolicySettings) -> tuple[PrefillView, ...]:
@@ -91,12 +93,12 @@ def prefills(query: Query, view: ClusterView, settings: PolicySettings) -> tuple
     return tuple(usable)
 
 
-def shortlist(ranked: Sequence[PrefillView], settings: PolicySettings) -> Sequence[PrefillView]:
-    """Of these, the prefill workers worth estimating."""
+def shortlist(query: Query, ranked: Sequence[PrefillView], settings: PolicySettings) -> Sequence[PrefillView]:
+    """Of these, the prefill workers worth estimating: the first, and who still holds most of the prompt."""
     if settings.scheduler is not Scheduler.EARLIEST_FINISH:
         return ranked[:1]
     free = [w for w in ranked if not _computes_late(w, settings)] or ranked
-    return free[:PREFILLS_MAX]
+    return [*free[:PREFILLS_MAX], *_holder(query, free[PREFILLS_MAX:])]
 
 
 def _computes_late(worker: PrefillView, settings: PolicySettings) -> bool:

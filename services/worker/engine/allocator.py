@@ -1,4 +1,4 @@
-"""Who holds each block of the pool, and which full blocks can be found again by their key.
+"""Who holds each block of a pool (or slot of a stage), and which full blocks can be found again by their key.
 
 A block is in one of three states:
 

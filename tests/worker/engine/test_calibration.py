@@ -19,7 +19,7 @@ def test_a_fresh_decode_worker_knows_its_speed_and_keeps_nothing(llama: Tiny) ->
     layout = llama.loaded.layout
     stage = Stage(1, layout.bytes_per_block)
     settings = DecodeSettings(model="-", pool_bytes=8 * layout.bytes_per_block)
-    engine = DecodeKind(resident=True).engine(settings, llama.loaded, stage, 100)
+    engine = DecodeKind().engine(settings, llama.loaded, stage, 100)
     load = engine.load
     assert load.prefill_tokens_per_s > 0 and (load.running, load.waiting, load.tokens) == (0, 0, 0)
     assert load.pool_blocks_free == load.pool_blocks_total and load.pool_blocks_named == 0 and engine.idle
