@@ -48,6 +48,7 @@ class Live:
         self.task: asyncio.Task[None] | None = None
         self.chain: Chain | None = None
         self.first_seen = False
+        self.reported = False  # with the first tokens that the engine made
         self.in_engine = False
         self.loading: asyncio.Task[None] | None = None  # what still loads while the engine computes
         self.ended = False
@@ -267,14 +268,12 @@ class Decoder:
             live.report.computed_tokens = len(live.request.prompt) - live.report.cached_tokens
             tracing.record("prefill", live.report.prefill_s, live.request.traceparent)
             tracing.record("first_token", time.perf_counter() - live.began, live.request.traceparent)
-            if step.finish is None:
-                live.emit(RequestStep(live.request.id, step.tokens, report=live.report))
-                return
         if step.finish is not None:
             self._end(live, step.finish, step.tokens, step.stop_token, step.error)
             live.over.set()
         elif step.tokens:
-            live.emit(RequestStep(live.request.id, step.tokens))
+            live.emit(RequestStep(live.request.id, step.tokens, report=None if live.reported else live.report))
+            live.reported = True
 
     def _end(
         self, live: Live, finish: FinishReason, tokens: Iterable[Token] = (), stop_token: int | None = None, error: PenstockError | None = None

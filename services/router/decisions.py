@@ -60,9 +60,12 @@ class Decision(msgspec.Struct):
             return 0.0
         return self.first_token_s / max(1e-6, self.decided.estimate.first_token_s)
 
-    def first_token(self, report: Report | None) -> None:
-        self.first_token_s = time.monotonic() - self.made_at
-        self.report = report
+    def came(self, report: Report | None) -> bool:
+        """Tokens came, and perhaps the worker's report; whether that is the first one. A token that prefill samples comes before it."""
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.made_at
+        known, self.report = self.report is not None, report or self.report
+        return not known and report is not None
 
     def end(self, finish: FinishReason | None, report: Report | None) -> None:
         self.ended = str(finish) if finish is not None else "left"

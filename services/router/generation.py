@@ -158,7 +158,7 @@ class Generation:
         delta = choice.advance(step)
         now = time.monotonic()
         if delta.tokens:
-            self._g.learn(choice.decision, choice.last_report)
+            self._g.learn(choice.decision, step.report)
             placement.stay.grown(len(delta.tokens))
             if before == 0:
                 self._first_token(choice, now)

@@ -50,12 +50,11 @@ class Generator:
             raise Overloaded(f"{self.in_flight} sequences are in flight and requests_max = {limit}: try again", retry_after_s=1.0)
 
     def learn(self, decision: Decision | None, report: Report | None) -> None:
-        """Tokens came. The first of a decision tell how good its estimate was, if its route was carried out."""
-        if decision is None or decision.first_token_s is not None:
+        """Tokens came, with a report or without. A decision's first report tells how good its estimate was, if its route was carried out."""
+        if decision is None or not decision.came(report) or report is None or report.fallback or report.prefill_retries:
             return
-        decision.first_token(report)
         modelled_s, plan = decision.modelled_s, decision.plan
-        if report is None or report.fallback or plan is None or modelled_s is None or decision.first_token_s is None:
+        if plan is None or modelled_s is None or decision.first_token_s is None:
             return
         self.cluster.corrections.observe(plan, modelled_s, decision.first_token_s, time.monotonic())
         self.metrics.estimated(plan, decision.ratio)

@@ -244,3 +244,24 @@ def test_a_refusal_in_brief() -> None:
     decision = Decisions(1).made("r", 0, 0, Query(10), view(), Refusal(Why.UNAVAILABLE, "nobody is there"))
     assert decision.summary() == {"refused": "unavailable", "reason": "nobody is there"}
     assert decision.modelled_s is None and decision.ratio == 0 and decision.plan is None
+
+
+@pytest.mark.parametrize(("retries", "learned"), [(0, True), (1, False)])
+async def test_the_first_report_teaches_what_the_first_token_took_if_the_route_was_carried_out(
+    start_stack: StackMaker, retries: int, learned: bool
+) -> None:
+    """Prefill's token comes before any report; what an alternate took says nothing of the worker that was reckoned with."""
+
+    async def script(start: pb.Start) -> AsyncIterator[pb.SequenceStep]:
+        report = pb.Report(plan="recompute", prefill_retries=retries)
+        yield pb.SequenceStep(tokens=[pb.Token(id=70)])
+        yield pb.SequenceStep(tokens=[pb.Token(id=71)], report=report)
+        yield pb.SequenceStep(tokens=[pb.Token(id=72)], finish="length", report=report)
+
+    async with start_stack() as stack:
+        stack.decode.script = script
+        await stack.complete(prompt=PROMPT, max_tokens=3)
+        text = (await stack.http.get("/metrics")).text
+        assert ('penstock:first_token_over_estimate_count{model_name="tiny",plan="recompute"} 1.0' in text) is learned
+        (decision,) = (await asked(stack))["decisions"]
+        assert decision["took"]["first_token_s"] > 0
