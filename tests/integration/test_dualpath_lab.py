@@ -5,16 +5,19 @@ Needs root and iproute2; reported as not run elsewhere.
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from loadtest.dualpath import namespaces
 from loadtest.dualpath.experiment import Experiment, Results, Size
 from loadtest.dualpath.figures import Slo, figures
 from loadtest.dualpath.links import Topology
+from loadtest.dualpath.model import CPU
 from loadtest.dualpath.trajectories import Statistics
 
 MISSING = namespaces.why_not()
-SMALL = Size(contexts=2, turns=2, long_context_tokens=256, statistics=Statistics(context=512, appended=26, generated=4))
+SETUP = msgspec.structs.replace(CPU, statistics=Statistics(48))
+SMALL = Size(contexts=2, turns=2, long_context_tokens=256)
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not run: {MISSING}")
@@ -22,7 +25,7 @@ SMALL = Size(contexts=2, turns=2, long_context_tokens=256, statistics=Statistics
 def test_a_basic_job_loads_over_prefills_link_alone_and_all_counters_agree(tmp_path: Path) -> None:
     shape, results = Topology(1, 1), Results(tmp_path / "measured")
     with namespaces.Lab(shape) as lab:
-        Experiment(lab, tmp_path, tmp_path / "logs", results, SMALL, 1, Slo()).offline(["basic"])
+        Experiment(lab, SETUP, tmp_path, tmp_path / "logs", results, SMALL, 1, Slo()).offline(["basic"])
     measured = results.get("offline", shape, "basic")
     assert measured is not None
     found = figures(measured, Slo())
@@ -41,7 +44,7 @@ def test_a_basic_job_loads_over_prefills_link_alone_and_all_counters_agree(tmp_p
 def test_a_split_request_loads_over_both_links_and_a_recomputed_one_over_none(tmp_path: Path) -> None:
     shape, results = Topology(1, 1), Results(tmp_path / "measured")
     with namespaces.Lab(shape) as lab:
-        Experiment(lab, tmp_path, tmp_path / "logs", results, SMALL, 1, Slo()).one_request(["split", "recompute"])
+        Experiment(lab, SETUP, tmp_path, tmp_path / "logs", results, SMALL, 1, Slo()).one_request(["split", "recompute"])
     found = {}
     for mode in ("split", "recompute"):
         measured = results.get("one-request", shape, mode)
