@@ -73,15 +73,18 @@ class SlotTable:
         """What these owned slots hold can't be trusted."""
         self._places.forget(slots)
 
-    def give_back(self, slots: Sequence[int]) -> None:
-        """One owner less; `slots` in the order of their prompt."""
+    def give_back(self, slots: Sequence[int]) -> set[int]:
+        """One owner less; `slots` in the order of their prompt. Those that have no owner now."""
         assert len(set(slots)) == len(slots) and all(map(self.owns, slots)), f"not owned, or twice: {slots}"
+        gone = {slot for slot in slots if self._owners[slot] == 1}
         self._owners.subtract(slots)
-        self._owners = +self._owners
-        late = {slot for slot in slots if not self.owns(slot) and self._written(slot)}
+        for slot in gone:
+            del self._owners[slot]
+        late = set(filter(self._written, gone))
         self._places.forget(late)
         self._limbo |= late
         self._places.release([slot for slot in slots if slot not in late])
+        return gone
 
     def settle(self) -> None:
         """Frees slots in limbo that nobody writes to any more."""

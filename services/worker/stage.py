@@ -91,8 +91,8 @@ class Stage:
 
     def free(self, slots: Sequence[int]) -> None:
         """Gives slots back; leases that name one which nobody owns any more end. One that may still be written is kept aside."""
-        self._slots.give_back(slots)
-        for lease in [lease for lease in self._leases.values() if not all(map(self._slots.owns, lease.slots))]:
+        gone = self._slots.give_back(slots)
+        for lease in [lease for lease in self._leases.values() if not gone.isdisjoint(lease.slots)]:
             self.release(lease.token)
         self._slots.settle()
 

@@ -298,6 +298,19 @@ async def test_nobody_is_served_what_another_tenant_left(pair: Pair, directory: 
     assert pair.runner.held_blocks(block_keys(salted, prompt, 16)) == 12
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
+async def test_families_with_windows_and_sinks(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, prompt = tiny(family), prompt_of(LENGTH)
+    async with running_pair(directory, tmp_path, keeping=True, prefill={"step_tokens_max": 32}) as pair:
+        await pair.keep(prompt)
+        for order in Order:
+            for route in ((), (Leg(0, 4, KEPT), Leg(4, 8, PREFILL), Leg(8, 12, DECODE))):
+                await keep(pair, prompt, 4)
+                answer = await pair.ask(prompt, route, order)
+                check(directory, prompt, answer)
+                assert answer.report is not None and answer.report.kept_tokens == 64
+
+
 async def test_a_worker_that_is_to_keep_nothing_keeps_nothing(directory: Path, tmp_path: Path) -> None:
     prompt = prompt_of(LENGTH)
     async with running_pair(directory, tmp_path, keeping=False) as pair:

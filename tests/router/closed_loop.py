@@ -63,6 +63,7 @@ class Job:
     seconds: float = 0.0
     first_tokens_s: list[float] = field(default_factory=list)
     link_bytes: list[float] = field(default_factory=list)
+    moves: int = 0  # turns by another prefill worker than the agent's turn before
 
     @property
     def imbalance(self) -> float:
@@ -70,14 +71,20 @@ class Job:
         return max(self.link_bytes) * len(self.link_bytes) / sum(self.link_bytes)
 
 
-def run(prefills: int, decodes: int, agents: int, settings: PolicySettings, turns: int = 15, seed: int = 0) -> Job:
-    """Every agent's turns to the end. A turn adds 30 tokens and generates 10, to a context of 600 to 1,200 at first."""
+def run(
+    prefills: int, decodes: int, agents: int, settings: PolicySettings, turns: int = 15, seed: int = 0, *, keeping: bool = False
+) -> Job:
+    """Every agent's turns to the end. A turn adds 30 tokens and generates 10, to a context of 600 to 1,200 at first.
+
+    `keeping`: prefill workers keep every prompt that they computed.
+    """
     chance = random.Random(seed)
     at_decode = {f"d{i}": Worker(f"d{i}") for i in range(decodes)}
     at_prefill = {f"p{i}": Worker(f"p{i}") for i in range(prefills)}
     events = [(chance.random() / 10, agent, 0, chance.randint(600, 1200), "") for agent in range(agents)]
     heapq.heapify(events)
     job, placed = Job(), 0
+    kept: list[dict[str, int]] = [{} for _ in range(agents)]  # blocks of an agent's context, by prefill worker, the last one last
     while events:
         now, agent, turn, context, left = heapq.heappop(events)
         if left:
@@ -87,12 +94,17 @@ def run(prefills: int, decodes: int, agents: int, settings: PolicySettings, turn
             turn, context = turn + 1, context + 40
         if turn == turns:
             continue
-        query = Query(prompt_tokens=context + 30, stored_blocks=context // BLOCK_TOKENS, turn=placed)
+        resident = {address: min(blocks, (context + 29) // BLOCK_TOKENS) for address, blocks in kept[agent].items() if keeping}
+        query = Query(prompt_tokens=context + 30, stored_blocks=context // BLOCK_TOKENS, resident=resident, turn=placed)
         placed += 1
         decision = route(query, _view(at_decode, at_prefill, now), now, settings)
         assert isinstance(decision, Route)
         first = _carry_out(decision, at_decode[decision.decode], at_prefill.get(decision.prefill), now)
         job.first_tokens_s.append(first - now)
+        if decision.prefill:
+            job.moves += bool(kept[agent]) and decision.prefill != [*kept[agent]][-1]
+            kept[agent].pop(decision.prefill, None)
+            kept[agent][decision.prefill] = (context + 30) // BLOCK_TOKENS
         at_decode[decision.decode].sequences += 1
         at_decode[decision.decode].tokens += context
         heapq.heappush(events, (first + GENERATION_S, agent, turn, context, decision.decode))

@@ -31,3 +31,15 @@ def test_nobody_starves(agents: int) -> None:
 
 def test_one_agent_alone_gains_from_both_links() -> None:
     assert run(1, 1, 1, BASIC).seconds / run(1, 1, 1, FULL).seconds > 1.3
+
+
+@pytest.mark.parametrize(("prefills", "decodes", "agents"), [(1, 1, 16), (2, 1, 16), (4, 2, 16), (4, 2, 64)])
+def test_agents_stay_with_the_prefill_worker_that_keeps_their_context_and_storage_is_spared(
+    prefills: int, decodes: int, agents: int
+) -> None:
+    """By the estimate alone: who stays would be quicker elsewhere seldom, and moves when it would."""
+    forgetful, keeping = run(prefills, decodes, agents, FULL), run(prefills, decodes, agents, FULL, keeping=True)
+    assert keeping.seconds <= forgetful.seconds / 2
+    assert sum(keeping.link_bytes) <= sum(forgetful.link_bytes) / 4
+    assert keeping.moves <= len(keeping.first_tokens_s) / 4
+    assert max(keeping.first_tokens_s) <= max(forgetful.first_tokens_s), "nobody waits longer because others stay"
