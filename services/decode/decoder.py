@@ -194,7 +194,7 @@ class Decoder:
             or self._by_prefill(request, blocks)
         ):
             return await self._filler.fill(request, live.report, live, claim)
-        await self._filler.decline(request)
+        self._filler.decline(request)
         live.report.plan = Plan.RESIDENT
         return Filled(stored_blocks=min(blocks, request.route.stored.blocks if request.route.stored else 0))
 

@@ -23,12 +23,15 @@ from services.worker.ledger import Ledger
 from services.worker.loading import Form, from_back
 from services.worker.requests import DecodeRequest, Report
 
+RELEASES_MAX = 1024  # under way; a store that has so many unanswered lets the next leases expire
+
 
 class Filler:
     """Carries out routes into one stage."""
 
     def __init__(self, means: Means) -> None:
         self._in = means
+        self._releases: set[asyncio.Task[None]] = set()
 
     async def fill(self, request: DecodeRequest, report: Report, listener: Listener, claim: Claim) -> Filled:
         """What the pool holds of the prompt is claimed.
@@ -39,24 +42,28 @@ class Filler:
         pulls, route = Pulls(self._in.reader, request, report, self._in.block_tokens), request.route
         if route.order is Order.MEET and not route.prefill and not held:
             return _Alone(self._in, pulls).meeting()
-        filled = Filled()
         try:
             if route.prefill and not request.output:
-                filled = await Together(self._in, pulls, listener, claim).fill()
-            else:
-                filled = await _Alone(self._in, pulls).fill(held)
+                return await Together(self._in, pulls, listener, claim).fill()
+            return await _Alone(self._in, pulls).fill(held)
         finally:
-            try:
-                await asyncio.shield(pulls.release())
-            except asyncio.CancelledError:
-                filled.drop()
-                raise
-        return filled
+            self._release(request)
 
-    async def decline(self, request: DecodeRequest) -> None:
+    def decline(self, request: DecodeRequest) -> None:
         """Nothing needs to be filled: what the route holds is given back."""
-        if request.route.stored is not None:
-            await self._in.reader.release(request.route.stored)
+        self._release(request)
+
+    def _release(self, request: DecodeRequest) -> None:
+        """Gives the lease on storage back, beside what the request does next. A store that doesn't acknowledge in time lets it expire."""
+        if request.route.stored is not None and len(self._releases) < RELEASES_MAX:
+            task = asyncio.create_task(self._in.reader.release(request.route.stored), name=f"release {request.id}")
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+
+    async def released(self) -> None:
+        """Waits until every lease on storage is given back: not longer than one call may take."""
+        while self._releases:
+            await asyncio.wait(self._releases)
 
 
 class _Alone:

@@ -91,8 +91,9 @@ class DecodeWorker:
             node.settings.lease_s,
             node.engine,
         )
+        self._filler = Filler(means)
         self.decoder = Decoder(
-            node.engine, Filler(means), self._writer, layout.block_tokens, node.requests_max, resident=node.settings.resident
+            node.engine, self._filler, self._writer, layout.block_tokens, node.requests_max, resident=node.settings.resident
         )
 
     def on_step(self, result: StepResult) -> None:
@@ -110,6 +111,7 @@ class DecodeWorker:
 
     async def drain(self, deadline_s: float) -> None:
         await self.decoder.drain(deadline_s)
+        await self._filler.released()
         await self._writer.drained(WRITE_DRAIN_S)
         await self._writer.close()
         await self._prefills.close()
