@@ -16,7 +16,7 @@ import msgspec
 from common import rpc
 from common.blocks import Namespace, block_keys, chain_root, reusable_blocks
 from common.clients.kvstore import KvStoreClient
-from common.errors import PenstockError
+from common.errors import DeadlineExceeded, PenstockError, Unavailable
 from common.generation import Sampling, Token
 from common.routes import Leg, Order, Source
 from common.transport.interface import Endpoint, Part, PartStatus, Span
@@ -171,6 +171,10 @@ class Pair:
             assert not node.reader.link.queued_bytes
         load = await self.decode.engine.call(_load)
         assert load.pool_blocks_free == load.pool_blocks_total
+        with suppress(Unavailable, DeadlineExceeded):  # of a store that a test has killed nothing can be asked
+            while left := (await self.store.describe()).leases:
+                await asyncio.sleep(0.01)  # decode gives a lease back beside what it does next
+                assert asyncio.get_running_loop().time() < until, f"{left} leases are left at the store"
 
     def __repr__(self) -> str:
         return (
