@@ -163,6 +163,8 @@ def test_a_run_that_comes_late_is_planned_again_when_it_is_whole(rig: Rig, monke
 
 
 def test_a_layer_that_is_still_coming_is_waited_for(llama: Tiny) -> None:
+    if llama.loaded.device.type != "cpu":
+        pytest.skip("a ring waits for a group of layers")
     rig = Rig(llama)
     prompt = make_prompt(40)
     whole = rig.new("whole", prompt)
