@@ -363,7 +363,7 @@ def test_each_agent_goes_back_to_the_prefill_worker_that_holds_its_context(direc
 async def test_cancelled_at_any_moment_leaves_slots_free_or_kept(order: Order, pair: Pair, directory: Path) -> None:
     prompt = prompt_of(400)
     await pair.keep(prompt)
-    for turns in (*range(0, 60, 6), *range(60, 600, 60)):
+    for turns in (0, 6, 12, 24, 36, 48, 60, 120, 240, 420):
         await keep(pair, prompt, 8)
         route = (Leg(0, 8, KEPT), Leg(8, 14, PREFILL), Leg(14, 20, DECODE))
         request = await pair.request(prompt, route, order, tokens=60, ignore_eos=True)
