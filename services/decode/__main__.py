@@ -4,10 +4,10 @@ import asyncio
 import sys
 
 from common import process
-from services.decode.settings import DecodeSettings
+from services.worker.settings import WorkerSettings
 
 
-async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
+async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
     from services.decode.worker import DecodeKind  # brings torch, which --help and a wrong flag do without
     from services.worker.node import serve_worker
 
@@ -15,4 +15,4 @@ async def serve(settings: DecodeSettings, stop: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(process.start("decode", DecodeSettings, "A decode worker: owns requests and generates their tokens.", serve))
+    sys.exit(process.start("decode", WorkerSettings, "A decode worker: owns requests and generates their tokens.", serve))

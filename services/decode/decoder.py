@@ -46,8 +46,8 @@ class Live:
         self.submitted = self.began
         self.over = asyncio.Event()  # the engine has finished the sequence and holds its blocks
         self.task: asyncio.Task[None] | None = None
+        self.running = False  # the task has taken its first step; one that is cancelled before takes none
         self.chain: Chain | None = None
-        self.began = False
         self.first_seen = False
         self.reported = False  # with the first tokens that the engine made
         self.in_engine = False
@@ -158,7 +158,7 @@ class Decoder:
         blocks are written back."""
         self._end(live, FinishReason.CANCELLED, error=Cancelled("the request was cancelled"))
         del self._live[live.key]
-        if not live.began:
+        if not live.running:
             self._filler.decline(live.request)
         if live.loading is not None:
             live.loading.cancel()
@@ -172,7 +172,7 @@ class Decoder:
                 self._engine.cancel(live.key)
 
     async def _run(self, live: Live) -> None:
-        live.began = True
+        live.running = True
         claim = self._engine.claim(self._keys(live.request)) if self._resident else Claim()
         try:
             await self._run_from(live, claim)

@@ -4,10 +4,10 @@ import asyncio
 import sys
 
 from common import process
-from services.prefill.settings import PrefillSettings
+from services.worker.settings import WorkerSettings
 
 
-async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
+async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
     from services.prefill.worker import PrefillKind  # brings torch, which --help and a wrong flag do without
     from services.worker.node import serve_worker
 
@@ -15,4 +15,4 @@ async def serve(settings: PrefillSettings, stop: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(process.start("prefill", PrefillSettings, "A prefill worker: computes prompts into decode workers' stages.", serve))
+    sys.exit(process.start("prefill", WorkerSettings, "A prefill worker: computes prompts into decode workers' stages.", serve))

@@ -52,9 +52,8 @@ def measured(report: Report, placement: Placement) -> None:
         return {link: (flow.bytes, flow.seconds) for link, flow in flows.items()}
 
     placement.peer.account.measured(seen(storage=report.storage_to_decode))
-    if (
-        placement.prefill is not None and placement.prefill.id == report.prefill and not report.prefill_retries
-    ):  # it moved all of it
+    alone = not report.prefill_retries  # the worker that is named moved all of it
+    if placement.prefill is not None and placement.prefill.id == report.prefill and alone:
         moved = {"peer_read": report.decode_to_prefill, "peer_write": report.prefill_to_decode}
         placement.prefill.account.measured(seen(storage=report.storage_to_prefill, **moved))
 

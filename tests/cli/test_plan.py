@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from common.errors import SettingsError
@@ -12,9 +11,13 @@ from services.cli import plan, up
 from services.cli.plan import Layout
 from services.cli.settings import UpSettings
 from services.cli.supervisor import Spec
+from services.kvstore.settings import KvStoreSettings
+from services.router.settings import RouterSettings
+from services.worker.settings import WorkerSettings
 
 LAYOUT = Layout(data=Path("/d"), run=Path("/run/p"))
 MODEL = Path("/models/tiny")
+SETTINGS = {"router": RouterSettings, "kvstore": KvStoreSettings, "prefill": WorkerSettings, "decode": WorkerSettings}
 
 
 def planned(*argv: str) -> list[Spec]:
@@ -55,9 +58,7 @@ def test_every_flag_is_one_its_service_knows() -> None:
         "--transport", "tcp", "--otlp-endpoint", "http://x:1", "--log-level", "debug", "--kvstore", "1",
     )  # fmt: skip
     for spec in everything:
-        module = __import__(f"services.{spec.kind}.settings", fromlist=["settings"])
-        kind: type[msgspec.Struct] = getattr(module, f"{'KvStore' if spec.kind == 'kvstore' else spec.kind.capitalize()}Settings")
-        loaded = load(kind, spec.kind, spec.argv[4:], {})
+        loaded = load(SETTINGS[spec.kind], spec.kind, spec.argv[4:], {})
         assert getattr(loaded, "id") == spec.name  # noqa: B009  (one struct per service)
 
 

@@ -11,16 +11,15 @@ import pytest
 import yaml
 
 from common import rpc, settings
-from services.decode.settings import DecodeSettings
 from services.kvstore.settings import KvStoreSettings
-from services.prefill.settings import PrefillSettings
 from services.router.settings import RouterSettings
+from services.worker.settings import WorkerSettings
 from tests.docker.engine import REPOSITORY
 
 STRUCTS: dict[str, Any] = {
     "kvstore": KvStoreSettings,
-    "prefill": PrefillSettings,
-    "decode": DecodeSettings,
+    "prefill": WorkerSettings,
+    "decode": WorkerSettings,
     "router": RouterSettings,
 }
 DOCKER = REPOSITORY / "deploy/docker"

@@ -20,11 +20,9 @@ from common.errors import DeadlineExceeded, PenstockError, Unavailable
 from common.generation import Sampling, Token
 from common.routes import Leg, Order, Source
 from common.transport.interface import Endpoint, Part, PartStatus, Span
-from services.decode.settings import DecodeSettings
 from services.decode.worker import DecodeKind, DecodeWorker
 from services.kvstore.serve import serve
 from services.kvstore.settings import KvStoreSettings
-from services.prefill.settings import PrefillSettings
 from services.prefill.worker import PrefillKind, PrefillWorker
 from services.worker import node as nodes
 from services.worker.engine.engine import Engine
@@ -223,15 +221,15 @@ async def running_pair(
         client = KvStoreClient(address)
         stack.push_async_callback(client.close)
         prefills = common | {"resident": keeping}
-        there = await _worker("prefill", PrefillSettings(**prefills | (prefill or {})), model, PrefillKind(), stack)
+        there = await _worker("prefill", WorkerSettings(**prefills | (prefill or {})), model, PrefillKind(), stack)
         here = await _worker(
             "decode",
-            DecodeSettings(**common | {"pool_bytes": 16 << 20, "resident": resident} | (decode or {})),
+            WorkerSettings(**common | {"pool_bytes": 16 << 20, "resident": resident} | (decode or {})),
             model,
             DecodeKind(),
             stack,
         )
-        other = await _worker("prefill", PrefillSettings(**prefills), model, PrefillKind(), stack) if spare else None
+        other = await _worker("prefill", WorkerSettings(**prefills), model, PrefillKind(), stack) if spare else None
         pair = Pair(model, there, here, client, other)
         yield pair
         await pair.check_at_rest()

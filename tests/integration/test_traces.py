@@ -16,6 +16,7 @@ from tests.integration.cluster import Cluster
 from tests.integration.test_oracle import BLOCK_TOKENS, ROUTER_FLAGS, prompt_of
 
 EXPORT_DEADLINE_S = 15.0
+CLOCKS_S = 1.0  # a stage that was measured by another clock may seem to have begun a moment before
 STAGES = {"request", "lookup", "decode", "prefill_run", "ssd_read", "queue", "prefill", "transfer", "handoff", "first_token"}
 
 
@@ -61,14 +62,18 @@ def test_the_stages_of_a_request_are_separate_spans_of_one_trace(tiny: Callable[
             ask(cluster, prompt_of(64) + prompt_of(60, seed=1))  # storage -> prefill
         until = time.monotonic() + EXPORT_DEADLINE_S
         while time.monotonic() < until:
-            if any(names >= STAGES for names in _names_by_trace(collector)):
+            whole = next((spans for spans in _traces(collector) if {span.name for span in spans} >= STAGES), None)
+            if whole is not None:
+                (request,) = (span for span in whole if span.name == "request")
+                early = [((request.start_time_unix_nano - span.start_time_unix_nano) / 1e9, span.name) for span in whole]
+                assert max(early)[0] < CLOCKS_S, f"stages, by how many seconds before their request they began: {early}"
                 return
             time.sleep(0.1)  # spans leave in batches
-        raise AssertionError(_names_by_trace(collector))
+        raise AssertionError([[span.name for span in spans] for spans in _traces(collector)])
 
 
-def _names_by_trace(collector: Collector) -> list[set[str]]:
-    traces: dict[bytes, set[str]] = {}
+def _traces(collector: Collector) -> list[list[Span]]:
+    traces: dict[bytes, list[Span]] = {}
     for span in list(collector.spans):
-        traces.setdefault(span.trace_id, set()).add(span.name)
+        traces.setdefault(span.trace_id, []).append(span)
     return list(traces.values())

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from services.decode.settings import DecodeSettings
 from services.decode.worker import DecodeKind
 from services.worker.engine import calibration
 from services.worker.engine.calibration import STEP_S, calibrate
 from services.worker.engine.speed import Speed
 from services.worker.engine.types import StepResult
+from services.worker.settings import WorkerSettings
 from services.worker.stage import Stage
 from tests.worker.conftest import Tiny
 
@@ -18,7 +18,7 @@ from tests.worker.conftest import Tiny
 def test_a_fresh_decode_worker_knows_its_speed_and_keeps_nothing(llama: Tiny) -> None:
     layout = llama.loaded.layout
     stage = Stage(1, layout.bytes_per_block)
-    settings = DecodeSettings(model="-", pool_bytes=8 * layout.bytes_per_block)
+    settings = WorkerSettings(model="-", pool_bytes=8 * layout.bytes_per_block)
     engine = DecodeKind().engine(settings, llama.loaded, stage, 100)
     load = engine.load
     assert load.prefill_tokens_per_s > 0 and (load.running, load.waiting, load.tokens) == (0, 0, 0)
