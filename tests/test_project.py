@@ -8,16 +8,15 @@ import sys
 import tomllib
 from pathlib import Path
 
-import msgspec
 import pytest
 from packaging.requirements import Requirement
 
 from services.cli.__main__ import COMMANDS, usage
 from services.cli.settings import UpSettings
+from tests.service_settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRON = {key: value for key, value in os.environ.items() if not key.startswith("PENSTOCK_")} | {"PYTHONPATH": str(ROOT)}
-SERVICES = ("router", "kvstore", "prefill", "decode")
 NO_TORCH = """
 import importlib, pkgutil, sys
 
@@ -109,16 +108,14 @@ def test_help_of_up_names_each_key() -> None:
     assert keys_without_flag(text, UpSettings.__struct_fields__) == []
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_help_of_each_service_names_each_key(name: str) -> None:
     done = python("-m", f"services.{name}", "--help")
     assert done.returncode == 0, said(done)
-    module = __import__(f"services.{name}.settings", fromlist=["settings"])
-    settings: type[msgspec.Struct] = getattr(module, f"{'KvStore' if name == 'kvstore' else name.capitalize()}Settings")
-    assert keys_without_flag(done.stdout, settings.__struct_fields__) == []
+    assert keys_without_flag(done.stdout, SETTINGS[name].__struct_fields__) == []
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_each_service_refuses_an_unknown_variable_by_name(name: str) -> None:
     done = python("-m", f"services.{name}", environ=ENVIRON | {f"PENSTOCK_{name.upper()}_POTR": "1"})
     assert done.returncode != 0

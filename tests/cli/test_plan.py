@@ -11,13 +11,10 @@ from services.cli import plan, up
 from services.cli.plan import Layout
 from services.cli.settings import UpSettings
 from services.cli.supervisor import Spec
-from services.kvstore.settings import KvStoreSettings
-from services.router.settings import RouterSettings
-from services.worker.settings import WorkerSettings
+from tests.service_settings import SETTINGS
 
 LAYOUT = Layout(data=Path("/d"), run=Path("/run/p"))
 MODEL = Path("/models/tiny")
-SETTINGS = {"router": RouterSettings, "kvstore": KvStoreSettings, "prefill": WorkerSettings, "decode": WorkerSettings}
 
 
 def planned(*argv: str) -> list[Spec]:

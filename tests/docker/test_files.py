@@ -11,17 +11,9 @@ import pytest
 import yaml
 
 from common import rpc, settings
-from services.kvstore.settings import KvStoreSettings
-from services.router.settings import RouterSettings
-from services.worker.settings import WorkerSettings
 from tests.docker.engine import REPOSITORY
+from tests.service_settings import SETTINGS
 
-STRUCTS: dict[str, Any] = {
-    "kvstore": KvStoreSettings,
-    "prefill": WorkerSettings,
-    "decode": WorkerSettings,
-    "router": RouterSettings,
-}
 DOCKER = REPOSITORY / "deploy/docker"
 
 
@@ -40,11 +32,11 @@ def variables_of_the_image(service: str) -> dict[str, str]:
     return dict(re.findall(rf"(PENSTOCK_{service.upper()}_\w+)=(\S+)", dockerfile))
 
 
-@pytest.mark.parametrize("service", STRUCTS)
+@pytest.mark.parametrize("service", SETTINGS)
 def test_every_variable_a_container_is_given_is_a_setting_of_its_service(service: str) -> None:
     given = compose_file()["services"][service]["environment"]
     environ = variables_of_the_image(service) | {name: defaults_filled_in(str(value)) for name, value in given.items()}
-    loaded = settings.load(STRUCTS[service], service, [], environ)
+    loaded = settings.load(SETTINGS[service], service, [], environ)
     assert loaded.host == "0.0.0.0"
     assert loaded.nats == "nats://nats:4222"
 
