@@ -9,6 +9,7 @@ Ends in one line of JSON.
 
 import argparse
 import json
+import mmap
 import sys
 import tempfile
 import time
@@ -36,9 +37,11 @@ def arithmetic(dtype: str) -> dict[str, dict[str, float]]:
     kernels.set_threads(1)
     layout = KvLayout(codec_load.LAYERS, codec_load.KV_HEADS, codec_load.HEAD_DIM, dtype, codec_load.LAYOUT.block_tokens)
     values = torch.randn(layout.bytes_per_block // DTYPES[dtype].itemsize).to(DTYPES[dtype])
-    raw = [memoryview(bytearray(values.view(torch.uint8).numpy())) for _ in range(BLOCKS)]
+    raw = [pages(layout.bytes_per_block) for _ in range(BLOCKS)]
+    for block in raw:
+        block[:] = memoryview(values.view(torch.uint8).numpy())
     workers = {codec: Codec(StoredLayout(layout, codec)) for codec in CODECS}
-    stored = {codec: [memoryview(bytearray(worker.bytes_per_block)) for _ in range(BLOCKS)] for codec, worker in workers.items()}
+    stored = {codec: [pages(worker.bytes_per_block) for _ in range(BLOCKS)] for codec, worker in workers.items()}
     best: dict[str, dict[str, float]] = {codec: {"encode": 0.0, "decode": 0.0} for codec in CODECS}
     for turn in range(ROUNDS + 1):
         for codec, worker in workers.items():
@@ -46,6 +49,11 @@ def arithmetic(dtype: str) -> dict[str, dict[str, float]]:
             if turn:
                 best[codec] = {name: max(best[codec][name], value) for name, value in rates.items()}
     return best
+
+
+def pages(size: int) -> memoryview:
+    """Whole pages of memory, as the pool's and the stage's blocks are."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 def rate(work: Callable[[memoryview, memoryview], None], sources: Sequence[memoryview], targets: Sequence[memoryview]) -> float:

@@ -113,19 +113,46 @@ INLINE void encode_group(const int kind, const int code, const void *p, vf inver
     }
 }
 
-INLINE void store_finite_pair(const int kind, void *p, vf first, vf second) {  // of bfloat16: no NaN but the plain one
+INLINE void store_finite_pair(const int kind, const int past, void *p, vf first, vf second) {  // of bfloat16: no NaN but the plain one
     if (kind == F32) {
-        store(p, first);
-        store((float *)p + VL, second);
+        put(past, p, (vu)first);
+        put(past, (float *)p + VL, (vu)second);
     } else {
         vu low = (vu)first, high = (vu)second;
         low = (low + 0x7fffu + (low >> 16 & 1u)) >> 16;
         high = (high + 0x7fffu + (high >> 16 & 1u)) & 0xffff0000u;
-        *(vu_mem *)p = low | high;
+        put(past, p, low | high);
     }
 }
 
-INLINE void decode_group(const int kind, const int code, const uint8_t *codes, vf scale, void *p) {
+#ifdef __AVX512BF16__
+// decode_group of bfloat16 with a tenth of its instructions. The conversion takes subnormals for zeros; a scale that isn't zero
+// is above 2^-109 and makes none.
+INLINE void decode_group_wide(const int code, const int past, const uint8_t *codes, float scale, void *p) {
+    __m512 values;
+    if (code == FP8) {  // as float16, whose exponent is 8 smaller: subnormals and signs stay in place
+        __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)codes)), sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));
+        values = _mm512_cvtph_ps(_mm256_add_epi16(_mm256_slli_epi16(wide, 7), _mm256_slli_epi16(sign, 7)));
+        scale *= 256.0f;
+    } else if (code == INT8) {
+        values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)codes)));
+    } else {
+        __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)codes)), low = _mm_and_si128(pairs, _mm_set1_epi16(0xf));
+        __m128i each = _mm_or_si128(low, _mm_slli_epi16(_mm_srli_epi16(pairs, 4), 8));
+        values = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(each), _mm512_set1_epi32(8)));
+    }
+    put(past, p, (vu)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale))));
+}
+#endif
+
+INLINE void decode_group(const int kind, const int code, const int past, const uint8_t *codes, float factor, void *p) {
+#ifdef __AVX512BF16__
+    if (kind == BF16) {
+        decode_group_wide(code, past, codes, factor, p);
+        return;
+    }
+#endif
+    vf scale = splat(factor);
     vu first, second;
     if (kind == BF16 && code == INT4) {
         vu pairs = __builtin_convertvector(*(const vb8_mem *)codes, vu);
@@ -140,7 +167,7 @@ INLINE void decode_group(const int kind, const int code, const uint8_t *codes, v
         first = __builtin_convertvector(*(const vb8_mem *)codes, vu);
         second = __builtin_convertvector(*(const vb8_mem *)(codes + 8), vu);
     }
-    store_finite_pair(kind, p, value_of(code, first) * scale, value_of(code, second) * scale);
+    store_finite_pair(kind, past, p, value_of(code, first) * scale, value_of(code, second) * scale);
 }
 
 // Where plane `number` keeps its scales, and its codes.
@@ -170,18 +197,26 @@ INLINE void encode_plane(const int kind, const int code, Blocks *b, long number)
             encode_group(kind, code, at(plane, kind, e), splat(inverses[h]), codes + code_bytes(code, e));
 }
 
+INLINE void decode_rows(const int kind, const int code, const int past, const Blocks *b, const uint8_t *codes, const float *scales, char *plane) {
+    for (long row = 0, h = 0; row < b->tokens * b->heads; row++, h = h + 1 < b->heads ? h + 1 : 0)
+        for (long e = row * b->dim; e < (row + 1) * b->dim; e += GROUP)
+            decode_group(kind, code, past, codes + code_bytes(code, e), scales[h], (void *)at(plane, kind, e));
+}
+
 INLINE void decode_plane(const int kind, const int code, Blocks *b, long number) {
-    long rows = b->tokens * b->heads;
-    char *plane = b->raw + number * rows * b->dim * bytes_of(kind);
+    char *plane = b->raw + number * b->tokens * b->heads * b->dim * bytes_of(kind);
     float *scales, *checked = scratch(0, b->heads);
     const uint8_t *codes = codes_of(code, b, number, &scales);
     for (long h = 0; h < b->heads; h++) {
         memcpy(checked + h, scales + h, sizeof *checked);
         if (!(checked[h] >= 0.0f && checked[h] < INFINITY)) checked[h] = NAN;  // damage stays visible
     }
-    for (long row = 0, h = 0; row < rows; row++, h = h + 1 < b->heads ? h + 1 : 0)
-        for (long e = row * b->dim; e < (row + 1) * b->dim; e += GROUP)
-            decode_group(kind, code, codes + code_bytes(code, e), splat(checked[h]), (void *)at(plane, kind, e));
+    if ((uintptr_t)plane % sizeof(vu)) {
+        decode_rows(kind, code, 0, b, codes, checked, plane);
+    } else {
+        decode_rows(kind, code, 1, b, codes, checked, plane);
+        settle();
+    }
 }
 
 #define FOR_EACH_CODE(run, kind) \

@@ -29,6 +29,24 @@ typedef float vf_mem __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t vu_mem __attribute__((vector_size(32), aligned(2), may_alias));
 
 INLINE vf splat(float a) { return (vf){a, a, a, a, a, a, a, a}; }
+// A store at p: `past` the caches where the CPU can, for what is larger than they are and read later (p is then aligned).
+// `settle` comes before another thread reads it.
+INLINE void put(const int past, void *p, vu v) {
+#ifdef __AVX2__
+    if (past) {
+        _mm256_stream_si256(p, (__m256i)v);
+        return;
+    }
+#endif
+    *(vu_mem *)p = v;
+}
+
+INLINE void settle(void) {
+#ifdef __AVX2__
+    _mm_sfence();
+#endif
+}
+
 INLINE long min_l(long a, long b) { return a < b ? a : b; }
 INLINE long max_l(long a, long b) { return a > b ? a : b; }
 INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
