@@ -39,7 +39,7 @@ def arithmetic(dtype: str) -> dict[str, dict[str, float]]:
     values = torch.randn(layout.bytes_per_block // DTYPES[dtype].itemsize).to(DTYPES[dtype])
     raw = [pages(layout.bytes_per_block) for _ in range(BLOCKS)]
     for block in raw:
-        block[:] = memoryview(values.view(torch.uint8).numpy())
+        block[:] = values.view(torch.uint8).numpy().tobytes()
     workers = {codec: Codec(StoredLayout(layout, codec)) for codec in CODECS}
     stored = {codec: [pages(worker.bytes_per_block) for _ in range(BLOCKS)] for codec, worker in workers.items()}
     best: dict[str, dict[str, float]] = {codec: {"encode": 0.0, "decode": 0.0} for codec in CODECS}
