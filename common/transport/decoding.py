@@ -157,9 +157,9 @@ def _decode_extents(header: Header, body: bytes) -> Extents:
 
 def _statuses(numbers: Sequence[int]) -> tuple[PartStatus, ...]:
     try:
-        return tuple(map(PartStatus, numbers))
-    except ValueError as error:
-        raise ProtocolError(f"part status: {error}") from error
+        return tuple(map(_STATUSES.__getitem__, numbers))
+    except KeyError as error:
+        raise ProtocolError(f"part status {error}: expected {min(PartStatus)} to {max(PartStatus)}") from error
 
 
 def _decode_reply(header: Header, body: bytes) -> Reply:
@@ -178,6 +178,7 @@ def _table(count: int) -> tuple[int, int]:
     return (TOKEN_BYTES + count * PART_LAYOUT.size,) * 2
 
 
+_STATUSES = {int(status): status for status in PartStatus}  # quicker than the enumeration's own look-up
 # The least and the most bytes of a body, given the header's count.
 _BODY_BYTES: dict[Op, Callable[[int], tuple[int, int]]] = {
     Op.HELLO: lambda count: (HELLO_LAYOUT.size, HELLO_LAYOUT.size),

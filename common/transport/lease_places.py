@@ -2,8 +2,8 @@
 
 1. A lease's first reader asks for its parts only, and the descriptors are closed when its read is over: most
    read all they want in one call.
-2. Who comes again under the same lease asks for the blocks behind his parts as well, more each time. That answer
-   is kept for the reads that follow.
+2. Who comes again under the same lease for what follows his last parts asks for the blocks behind them as well, more each time.
+   That answer is kept for the reads that follow. Who jumps about asks for his parts.
 3. It is closed when a newer one replaces it, when a read by it went wrong, after IDLE_S without use, and with the
    connection. A file that was removed keeps its space until then.
 
@@ -43,6 +43,7 @@ class _Lease:
 
     def __init__(self) -> None:
         self.asked = 0  # parts of the newest answer
+        self.next_item = -1  # behind the newest read
         self.extents: dict[Part, Extent] = {}
         self.kept: Located | None = None
         self.used_s = 0.0
@@ -76,7 +77,9 @@ class LeasePlaces:
         self._leases.move_to_end(token)
         while len(self._leases) > LEASES_MAX:
             self._leases.popitem(last=False)[1].drop()
-        ahead = min(max(2 * lease.asked, AHEAD_MIN), AHEAD_MAX) if lease.asked else 0
+        in_order = lease.asked and parts[0].item == lease.next_item
+        ahead = min(max(2 * lease.asked, AHEAD_MIN), AHEAD_MAX) if in_order else 0
+        lease.next_item = parts[-1].item + 1
         wanted = [*parts, *_behind(parts, ahead)]
         located = await self._connection.locate(token, wanted, deadline_s=deadline_s)
         lease.asked = len(wanted)
@@ -95,6 +98,7 @@ class LeasePlaces:
         if len(found) < len(parts):
             return None
         lease.kept.hold()
+        lease.next_item = parts[-1].item + 1
         self._touch(lease)
         return Places(found, lease.kept)
 

@@ -47,6 +47,16 @@ async def test_who_reads_block_by_block_asks_twice_and_gets_every_block(reader: 
     reader.one.store.release(token)
 
 
+async def test_who_jumps_asks_where_his_own_blocks_lie_and_no_others(reader: Reader) -> None:
+    token = reader.lease()
+    located = []
+    for item in (0, 2, 1, 3):
+        assert await lone(reader, token, item) is OK
+        located.append(reader.one.store.metrics.located_blocks)
+    assert located == [1, 2, 3, 4]
+    reader.one.store.release(token)
+
+
 async def test_the_third_block_in_order_is_read_before_it_is_asked_for(reader: Reader) -> None:
     token = reader.lease()
     assert [await lone(reader, token, item) for item in (0, 1)] == [OK, OK]
