@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--modes", default="", help=f"of {','.join(MODES)} (default: all that a part has)")
     for part in PARTS:
         parser.add_argument(
-            f"--{part}", action="store_true", help=f"measure this part (default: {' and '.join(DEFAULT_PARTS)}, 6 minutes)"
+            f"--{part}", action="store_true", help=f"measure this part (default: {' and '.join(DEFAULT_PARTS)}, 6 to 9 minutes)"
         )
     parser.add_argument(
         "--full", action="store_true", help="larger jobs; by default every part of 1P1D, and 1P2D and 2P1D offline: half an hour"
