@@ -14,7 +14,7 @@ sequence with the same beginning claims them.
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 
 import torch
@@ -26,17 +26,16 @@ from services.worker.engine import admission
 from services.worker.engine.allocator import blocks_for
 from services.worker.engine.attention import attention_over
 from services.worker.engine.forward import Forward
+from services.worker.engine.intake import Intake
 from services.worker.engine.pool import BlockPool, pool_blocks
 from services.worker.engine.sampling import Sampled
 from services.worker.engine.scheduler import Chunk, Plan, Scheduler
 from services.worker.engine.sequence import Event, Sequence
 from services.worker.engine.speed import Speed
-from services.worker.engine.types import Claim, EngineLoad, LoadedKv, NewSequence, Phase, SequenceStep, StepResult
+from services.worker.engine.types import Claim, EngineLoad, NewSequence, Phase, SequenceStep, StepResult
 from services.worker.model import LoadedModel
 
 log = logging.getLogger(__name__)
-
-# Weight of the newest measurement of prefill speed.
 
 
 class Engine:
@@ -78,6 +77,7 @@ class Engine:
         self._forward = Forward(
             model, attention_over(self.pool.tensor, model.kernels), sequences_max, blocks_for(self.context_tokens, block_tokens)
         )
+        self._intake = Intake(self.pool)
         self._live: dict[str, Sequence] = {}
         self._held: dict[str, Sequence] = {}
         self._claims: dict[int, Claim] = {}  # given out and not added yet, by id(); any thread
@@ -209,52 +209,18 @@ class Engine:
         for sequence in plan.admitted:
             if not sequence.preemptions:
                 sequence.admitted_at = time.perf_counter()
-            if sequence.kv is None:
-                continue
-            began = time.perf_counter()
-            try:
-                copied = self._load_one(sequence, sequence.kv)
-                sequence.count_loaded(copied, time.perf_counter() - began)
-                sequence.drop_kv()
-                self._name(sequence)
-            except Exception as error:
-                log.exception("loading the KV of %s", sequence.id)
-                self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
+            self._take_in(self._intake.admit, sequence)
 
     def _meet(self) -> None:
-        """Copies what has been loaded up to where a sequence's compute has come."""
         for sequence in list(self._scheduler.running):
-            blocks = sequence.meeting.loaded(sequence.computed) if sequence.meeting is not None else range(0)
-            if not blocks or sequence.meeting is None:
-                continue
-            began, tokens = time.perf_counter(), blocks.stop * self.layout.block_tokens
-            buffers = sequence.meeting.buffers[blocks.start : blocks.stop]
-            try:
-                self.pool.load(sequence.blocks[blocks.start : blocks.stop], buffers, tokens)
-                sequence.computed = tokens
-                sequence.count_loaded(buffers, time.perf_counter() - began)
-                self._name(sequence)
-            except Exception as error:
-                log.exception("loading the KV of %s", sequence.id)
-                self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
+            self._take_in(self._intake.meet, sequence)
 
-    def _load_one(self, sequence: Sequence, kv: LoadedKv) -> Items[memoryview]:
-        """Copies what isn't resident, blocks `[named, ...)`; what was copied."""
-        skip = max(0, sequence.named - kv.first_block)
-        buffers = kv.buffers[skip:]
-        first = kv.first_block + skip
-        if buffers:
-            self.pool.load(sequence.blocks[first : first + len(buffers)], buffers, kv.tokens)
-        return buffers
-
-    def _name(self, sequence: Sequence) -> None:
-        """Gives the blocks that became full their names."""
-        full = sequence.computed // self.layout.block_tokens
-        if full > sequence.named:
-            keys = sequence.keys(full, self.layout.block_tokens)
-            for block, key in zip(sequence.blocks[sequence.named : full], keys[sequence.named :], strict=False):
-                self.pool.allocator.name(block, key)
-            sequence.named = full
+    def _take_in(self, copy: Callable[[Sequence], None], sequence: Sequence) -> None:
+        try:
+            copy(sequence)
+        except Exception as error:
+            log.exception("loading the KV of %s", sequence.id)
+            self._fail(sequence, Internal(f"loading KV failed: {error!r}"))
 
     def _run(self, chunks: list[Chunk]) -> list[SequenceStep]:
         try:
@@ -275,7 +241,7 @@ class Engine:
             sequence.meeting.computed(chunk.end)
         if sampled is None:
             sequence.computed = chunk.end
-            self._name(sequence)
+            self._intake.name(sequence)
             return SequenceStep(
                 sequence.id,
                 computed=chunk.end,
@@ -288,7 +254,7 @@ class Engine:
             self._fail(sequence, Internal("the model gave logits that are not finite"), scrub=True)
             return None
         sequence.computed = chunk.end
-        self._name(sequence)
+        self._intake.name(sequence)
         sequence.drop_kv()
         sequence.tokens.append(sampled.token.id)
         sequence.advance(Event.SAMPLE)
