@@ -23,9 +23,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from common.errors import TransferFailed
+from common.transport.asked import Asked
 from common.transport.budget import Budget
 from common.transport.conversation import Listener
 from common.transport.counters import Counters
@@ -71,8 +72,8 @@ class Connection:
         self._mode, self._stream, self._listener, self._region = mode, stream, listener, region
         self._budget = Budget(welcome.requests_max, welcome.bytes_max)
         self._pending: dict[int, Pending] = {}
-        self._locating: dict[int, asyncio.Future[Located]] = {}
-        self._looking: dict[int, asyncio.Future[FoundPrefix]] = {}
+        self._locating: Asked[Located] = Asked()
+        self._looking: Asked[FoundPrefix] = Asked()
         self._numbers = 0
         self._checking = asyncio.Lock()
         self._outbox: deque[tuple[list[Bytes], Pending | None]] = deque()
@@ -126,18 +127,11 @@ class Connection:
 
     # Requests
 
-    async def _ask(self, question: Transfer | Lookup, asked: dict[int, asyncio.Future[T]], deadline_s: float) -> T:
+    async def _ask(self, question: Transfer | Lookup, asked: Asked[T], deadline_s: float) -> T:
         """The answer to what moves no bytes."""
         if self._ended:
             raise TransferFailed(self._ended)
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        asked[question.request] = answer
-        self._post([encode(question)], None)
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await answer
-        finally:
-            asked.pop(question.request, None)
+        return await asked.ask(question.request, lambda: self._post([encode(question)], None), deadline_s)
 
     def _number(self) -> int:
         self._numbers += 1
@@ -284,10 +278,8 @@ class Connection:
             await self._stream.close()
             for pending in list(self._pending.values()):
                 self._settle(pending)
-            asked: list[asyncio.Future[Any]] = [*self._locating.values(), *self._looking.values()]
-            for answer in asked:
-                if not answer.done():
-                    answer.set_exception(TransferFailed(self._ended))
+            self._locating.fail(self._ended)
+            self._looking.fail(self._ended)
 
     async def _hear_out(self) -> None:
         """Mode REGION: waits for the server's end-of-stream; without it, our memory stays held for good."""
@@ -326,23 +318,15 @@ class Connection:
                 case Extents():
                     self._receive_extents(event)
                 case FoundPrefix():
-                    self._receive_found(event)
+                    self._looking.answered(event.request, event)  # unless nobody waits any more: a lease ends by itself
                 case Goodbye(reason, text):
                     self._end(f"the peer said goodbye: {reason.name}: {text}")
             await asyncio.sleep(0)
 
     def _receive_extents(self, event: Extents) -> None:
-        answer = Located(event, self._stream.take_fds())
-        located = self._locating.pop(event.request, None)
-        if located is None or located.done():
-            answer.close()  # nobody waits any more
-        else:
-            located.set_result(answer)
-
-    def _receive_found(self, event: FoundPrefix) -> None:
-        found = self._looking.pop(event.request, None)
-        if found is not None and not found.done():  # else nobody waits any more: a lease ends by itself
-            found.set_result(event)
+        located = Located(event, self._stream.take_fds())
+        if not self._locating.answered(event.request, located):
+            located.close()
 
     async def _receive_reply(self, reply: Reply) -> None:
         pending = self._pending.get(reply.request)
