@@ -126,7 +126,7 @@ INLINE void store_finite_pair(const int kind, const int past, void *p, vf first,
 }
 
 #ifdef __AVX512BF16__
-// decode_group of bfloat16 with a tenth of its instructions. The conversion takes subnormals for zeros; a scale that isn't zero
+// decode_group of bfloat16 in a few instructions. The conversion takes subnormals for zeros; a scale that isn't zero
 // is above 2^-109 and makes none.
 INLINE void decode_group_wide(const int code, const int past, const uint8_t *codes, float scale, void *p) {
     __m512 values;

@@ -29,6 +29,7 @@ typedef float vf_mem __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t vu_mem __attribute__((vector_size(32), aligned(2), may_alias));
 
 INLINE vf splat(float a) { return (vf){a, a, a, a, a, a, a, a}; }
+
 // A store at p: `past` the caches where the CPU can, for what is larger than they are and read later (p is then aligned).
 // `settle` comes before another thread reads it.
 INLINE void put(const int past, void *p, vu v) {

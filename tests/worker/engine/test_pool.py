@@ -33,3 +33,8 @@ def test_a_device_gets_what_the_host_gets_raw_and_encoded_in_one_load(codec, mon
     wanted = [memoryview(bytearray(LAYOUT.bytes_per_block)) for _ in places]
     host.export(places, wanted, 6 * LAYOUT.block_tokens)
     assert back == wanted
+
+
+@pytest.mark.parametrize("blocks", [1, 512, 4096])
+def test_a_pool_in_host_memory_begins_at_a_cache_line(blocks) -> None:
+    assert BlockPool(StoredLayout(LAYOUT, "raw"), blocks).tensor.data_ptr() % 64 == 0
