@@ -16,12 +16,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import uvloop
 
-from common import logs, settings
+from common import heap, logs, settings
 from common.errors import PenstockError, SettingsError
 from common.logs import Log
 
@@ -34,7 +34,7 @@ PARENT_VARIABLE = "PENSTOCK_UP_PARENT"
 def start(
     section: str, kind: type[S], about: str, serve: Callable[[S, asyncio.Event], Coroutine[Any, Any, None]]
 ) -> int:  # fmt: skip
-    """The whole of a service's `__main__`: its exit status.
+    """The whole of a service's `__main__`: its exit status, to `leave` with.
 
     Args:
         section: the service's name and its table in the settings file.
@@ -47,15 +47,13 @@ def start(
         print(f"{section}: {error.message}", file=sys.stderr)  # noqa: T201
         return 2
     logs.setup(section, getattr(chosen, "log_level", "info"), getattr(chosen, "log_format", "json"))
-    status = run(lambda stop: serve(chosen, stop))
-    # Everything is closed by now. The interpreter's own end takes seconds once torch is loaded.
-    logging.shutdown()
-    os._exit(status)
+    return run(lambda stop: serve(chosen, stop))
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
-    """Runs a service until it returns; the exit status."""
+    """Runs a service until it returns; the exit status. It calls `heap.settle` when it has started."""
     follow_parent()
+    heap.hold()
     try:
         uvloop.run(_supervised(main))
     except PenstockError as error:
@@ -68,6 +66,13 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
         log.error("failed", reason=first.message)
         return 1
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process when all is closed. The interpreter's own end takes seconds once torch is loaded."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 async def _supervised(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
@@ -83,6 +88,7 @@ async def _supervised(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     await main(stop)
+    assert heap.settled(), "a service settles its heap when it has started"
     log.event("stopped")
 
 

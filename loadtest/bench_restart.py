@@ -22,11 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import heap
 from common.blocks import Namespace
 from common.disk.pages import huge
 from common.transport.memory import crc32c
 from loadtest.bench_index import ROOT, chain_keys, resident_bytes
-from services.kvstore import heap
 from services.kvstore.files import Files
 from services.kvstore.header_scan import READ_BYTES
 from services.kvstore.options import StoreOptions
@@ -86,7 +86,7 @@ def open_once(folder: Path, blocks: int, payload_bytes: int) -> dict[str, float]
     before = resident_bytes()
     started = time.perf_counter()
     store = Store.open(folder, options(blocks, payload_bytes))
-    heap.trim()  # as the service does
+    heap.settle()  # as the service does
     ready_s = time.perf_counter() - started
     held = resident_bytes() - before
     choice = random.Random(1)

@@ -1,7 +1,6 @@
 """python -m services.decode: one decode worker."""
 
 import asyncio
-import sys
 
 from common import process
 from services.worker.settings import WorkerSettings
@@ -15,4 +14,4 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(process.start("decode", WorkerSettings, "A decode worker: owns requests and generates their tokens.", serve))
+    process.leave(process.start("decode", WorkerSettings, "A decode worker: owns requests and generates their tokens.", serve))

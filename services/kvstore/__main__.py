@@ -1,10 +1,8 @@
 """python -m services.kvstore: one kvstore."""
 
-import sys
-
 from common import process
 from services.kvstore.serve import serve
 from services.kvstore.settings import KvStoreSettings
 
 if __name__ == "__main__":
-    sys.exit(process.start("kvstore", KvStoreSettings, "The reservoir: keeps KV blocks on SSD.", serve))
+    process.leave(process.start("kvstore", KvStoreSettings, "The reservoir: keeps KV blocks on SSD.", serve))

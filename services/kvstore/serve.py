@@ -15,7 +15,7 @@ import grpc.aio
 import msgspec
 from prometheus_client import start_http_server
 
-from common import rpc, tracing
+from common import heap, rpc, tracing
 from common.aio import first_of
 from common.errors import SettingsError, Unavailable
 from common.logs import Log
@@ -27,7 +27,6 @@ from common.transport.grpc_carrier import BytesServicer
 from common.transport.interface import Endpoint
 from common.transport.reception import Limits, Reception
 from common.transport.server import serve_bytes
-from services.kvstore import heap
 from services.kvstore.admin import SERVICE as ADMIN_SERVICE
 from services.kvstore.admin import AdminService
 from services.kvstore.area import StoreArea
@@ -99,7 +98,7 @@ def open_store(settings: KvStoreSettings) -> Store:
             budget_bytes=store.space.budget_bytes,
             reason="80 % of what is free on each disk",
         )
-    heap.trim()
+    heap.settle()
     return store
 
 

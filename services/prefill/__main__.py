@@ -1,7 +1,6 @@
 """python -m services.prefill: one prefill worker."""
 
 import asyncio
-import sys
 
 from common import process
 from services.worker.settings import WorkerSettings
@@ -15,4 +14,6 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(process.start("prefill", WorkerSettings, "A prefill worker: computes prompts into decode workers' stages.", serve))
+    process.leave(
+        process.start("prefill", WorkerSettings, "A prefill worker: computes prompts into decode workers' stages.", serve)
+    )

@@ -55,4 +55,4 @@ def api_keys(config: RouterSettings) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.leave(main())

@@ -5,7 +5,7 @@ Life: bound -> serving (health says so; ready once the handshakes prove it) -> d
 
 import asyncio
 
-from common import rpc
+from common import heap, rpc
 from common.logs import Log
 from common.pb import router_pb2_grpc
 from services.router.cluster import Cluster
@@ -58,6 +58,7 @@ class Router:
             SERVICE_NAMES,
             lambda server: router_pb2_grpc.add_PenstockServicer_to_server(service, server),
         )
+        heap.settle()
         return cls(config, generator, facts, web, grpc_server)
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -21,7 +21,7 @@ import msgspec
 from prometheus_client import start_http_server
 from transformers.utils import logging as transformers_logging
 
-from common import rpc, tracing
+from common import heap, rpc, tracing
 from common.logs import Log
 from common.machine import memory_bytes
 from common.membership import Announcer, MemberLoad, MemberRecord
@@ -208,6 +208,7 @@ async def serve_worker(role: str, settings: WorkerSettings, stop: asyncio.Event,
         announcer = Announcer(settings.nats, node.record)
         announcing = asyncio.create_task(announcer.run())
         stack.callback(announcing.cancel)
+        heap.settle()
         await server.set_serving(True)
         log.event("ready", role=role, id=node.id, grpc=node.address, endpoint=msgspec.to_builtins(node.endpoint))
         await _until(stop, node)

@@ -17,24 +17,36 @@ from typing import Any
 
 import msgspec
 
+from tests.integration.forks import Fork
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 30.0
+FORKED = ("services.router", "services.decode", "services.prefill")  # those that import much
+
+
+def _started(module: str, flags: Sequence[str], environ: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environ,
+        cwd=REPOSITORY,
+    )
 
 
 class Service:
     """One process, its log as events, and what it said."""
 
-    def __init__(self, name: str, argv: Sequence[str], environ: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, module: str, flags: Sequence[str], environ: dict[str, str] | None = None) -> None:
         self.name = name
         self.lines: list[str] = []
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.seen: list[dict[str, Any]] = []
         env = {key: value for key, value in os.environ.items() if not key.startswith("PENSTOCK_")}
         env |= {"PYTHONPATH": str(REPOSITORY), "PENSTOCK_UP_PARENT": str(os.getpid())} | (environ or {})
-        self.process = subprocess.Popen(
-            argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env, cwd=REPOSITORY
-        )
+        self.process = Fork(module, flags, env) if module in FORKED else _started(module, flags, env)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -229,7 +241,7 @@ class Cluster:
         return [name for name in order if name in self.services]
 
     def _spawn(self, name: str, module: str, flags: Sequence[str]) -> None:
-        self.services[name] = Service(name, [sys.executable, "-m", module, *flags])
+        self.services[name] = Service(name, module, flags)
 
     def _run_dir(self) -> str:
         """A short path: a unix socket's may have 107 bytes."""
