@@ -74,12 +74,13 @@ def _spares(estimate: Estimate, decode: DecodeView, settings: PolicySettings) ->
 
 
 def _earliest(found: Sequence[Estimate], settings: PolicySettings) -> tuple[Estimate, str]:
-    """Of those at about the earliest finish, the one that computes least; of these, the one that costs the least work."""
+    """Of those at about the earliest finish, the one that computes least; of these, the one that keeps links least busy: a few
+    milliseconds of compute are no reason to leave what a worker holds."""
     insured = _insured(found)
     earliest = min(map(_reckoned_s, insured))
     limit = earliest + max(SMALL_S, earliest * settings.error_band)
     near = [e for e in insured if _reckoned_s(e) <= limit]
-    best = min(near, key=lambda e: (e.computed_tokens, e.work_s, e.finish_s, PLACE[e.plan], e.decode, e.prefill))
+    best = min(near, key=lambda e: (e.computed_tokens, e.moving_s, e.finish_s, PLACE[e.plan], e.decode, e.prefill))
     why = f"finishes in {best.finish_s:.3f} s, earliest of {len(found)}"
     if _reckoned_s(best) > earliest:
         why = f"finishes in {best.finish_s:.3f} s and costs the least of {len(near)} at about {earliest:.3f} s"

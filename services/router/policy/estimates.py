@@ -57,7 +57,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         wait_s: until the computing worker is free. `load_s`: until the stored blocks are there.
         compute_s: of the computing worker's time. `first_token_s`, `finish_s`: see the module.
         correction: in both of these, what finished requests have taught.
-        work_s: seconds of links and workers that it keeps busy, all added up.
+        moving_s: seconds of links that it keeps busy, all added up.
         error: how far off it may be, relative.
         computed_tokens: prompt tokens that are computed, those of stored blocks included.
         moved: bytes over each path. `queued`: those of them that will wait there: what comes no faster than it goes on does not.
@@ -77,7 +77,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float
     finish_s: float
     correction: float = 1.0
-    work_s: float
+    moving_s: float
     error: float
     computed_tokens: int
     moved: Moved = Moved()
@@ -201,7 +201,7 @@ class Pair:
             first_token_s=first_token_s * correction,
             finish_s=finish_s * correction,
             correction=correction,
-            work_s=paths.work_s(traffic) + paths.compute.over_s(computed_tokens),
+            moving_s=paths.moving_s(traffic),
             error=GUESS_ERROR if guess else self._settings.error_band,
             computed_tokens=computed_tokens,
             moved=traffic.in_bytes(self._view.stored_bytes_per_block, self._view.bytes_per_block),

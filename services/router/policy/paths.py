@@ -78,7 +78,7 @@ class Paths(msgspec.Struct, frozen=True):
             kept + round((blocks.prefill_to_decode - kept) * _excess(self.prefill_storage, self.peer_write)),
         )
 
-    def work_s(self, blocks: Moved) -> float:
+    def moving_s(self, blocks: Moved) -> float:
         """Seconds that moving these blocks keeps links busy, all added up."""
         pairs = (
             (self.decode_storage, blocks.storage_to_decode),
