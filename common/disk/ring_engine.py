@@ -1,8 +1,7 @@
 """Disk transfers through an io_uring, completions on the event loop.
 
-1. `submit` queues a batch. While the disk has fewer than `depth` transfers, one of each batch in turn goes to
-   the kernel, so that a long batch doesn't hold up a short one. Towards the end of what is checked there are fewer, so that little is
-   left to check when the last has come.
+1. `submit` queues a batch. While the disk has fewer than `depth` transfers, those whose turn it is (turns.py) go to the kernel. Towards
+   the end of what is checked there are fewer, so that little is left to check when the last has come.
 2. Writes go there in chains: the kernel begins one when the one before it has ended, so that the disk, which has no more than
    `depth` of them and WRITTEN_BYTES at any moment, doesn't wait for the loop. Of reads that would be more memory to check at once, for nothing:
    the loop looks at the ring between its checks.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.disk import ring as ring_module
-from common.disk import ring_engine
+from common.disk import ring_engine, turns
 from common.disk.batch import NotStarted
 from common.disk.devices import DeviceEngines
 from common.disk.engine import Engine, Machine, open_engine
@@ -172,7 +172,10 @@ async def test_a_device_that_hangs_holds_up_only_its_own(files: FailingFiles, fd
     os.close(hanging)
 
 
-async def test_batches_take_turns(engine: Engine, fd: int, files: FailingFiles) -> None:
+async def test_a_long_batch_does_not_hold_up_a_short_one(
+    engine: Engine, fd: int, files: FailingFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "SHORT_BYTES", PAGE_BYTES)
     gate, started = Gate(), []
 
     def fail(_: int, buffers: Sequence[memoryview], offset: int) -> None:
