@@ -19,8 +19,8 @@ what they sustain that is compared. `--ramp-s 0` compares bursts.
 - `write_scattered`: the same where no two slots of a request are neighbours but by chance; fio writes its blocks at random. So the
   disk has as many bytes of the one as of the other. fio syncs one file, the store its eight segments.
 - `service_write`: as `write`, from another process' memory, over gRPC and shm: copied and checksummed on the way.
-- `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only, which
-  is that of the service's engine (loadtest/store/service.py).
+- `extent`, `shm`, `tcp`: another process asks over gRPC and gets the blocks in its stage, at the deepest depth only: at the disk
+  at once, while as many requests as a worker's are in flight (loadtest/store/service.py).
 
 The sum: the disk's bandwidth is the ceiling of all rows but tcp's, whose ceiling is the lower of disk and plain socket.
 Reading costs a checksum (0.1-0.2 CPU s/GiB), writing none, service_write two and a copy, tcp two and two copies.
@@ -44,7 +44,7 @@ import uvloop
 
 from common.disk.engine import EngineChoice, Machine, open_engine
 from loadtest.store.blocks import NAMESPACE, Blocks
-from loadtest.store.fio import BLOCKS_PER_READ, Fio, Sample, require_fio
+from loadtest.store.fio import BLOCKS_PER_READ, READS_IN_FLIGHT, Fio, Sample, require_fio
 from loadtest.store.local import LocalStore
 from loadtest.store.plain import PlainSocket
 from loadtest.store.service import CARRIERS, Service
@@ -152,9 +152,10 @@ async def service_rows(bench: Bench, folder: Path, sizes: list[int], depth: int,
     for size in sizes:
         # A full store for each size: what is written evicts and overwrites.
         place, blocks = folder / f"service-{size}", Blocks(size)
-        service = await Service.start(place, max(8 << 20, size * max(depth, BLOCKS_PER_READ)), FULL_BYTES, io)
+        region_bytes = max(8 << 20, READS_IN_FLIGHT * BLOCKS_PER_READ * size)
+        service = await Service.start(place, region_bytes, FULL_BYTES, io, depth)
         stored = await service.fill(NAMESPACE, blocks, TOTAL_BYTES // size)
-        ways: dict[str, Way] = {carrier: partial(service.read, stored, carrier, size, depth) for carrier in CARRIERS}
+        ways: dict[str, Way] = {carrier: partial(service.read, stored, carrier, size) for carrier in CARRIERS}
         await bench.compare(partial(fio.read, size, depth), ways, size, depth)
         received.append(plain.receive(bench.slice_s).bytes_per_s)
         await service.client.release(stored.token)

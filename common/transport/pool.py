@@ -21,7 +21,7 @@ from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus, S
 from common.transport.region import Region
 
 log = logging.getLogger(__name__)
-DISK_READS = 32  # at once, of extents
+DISK_READS = 32
 DISK_READS_PENDING_MAX = 65_536
 DISK_BUFFER_BYTES = 128 << 20  # for reads of extents on their way into a region; more wait
 PoolPrefer = Prefer | Literal["extent"]
@@ -38,12 +38,15 @@ class TransportPool:
         connect_s: float = 5.0,
         connections_per_peer: int = 1,
         peers_max: int = 256,
+        disk_reads: int = DISK_READS,
     ) -> None:
+        """`disk_reads`: at once, of extents."""
         self._region, self._prefer, self._connect_s = region, prefer, connect_s
         self._connections_per_peer, self._peers_max = connections_per_peer, peers_max
         self._peers: OrderedDict[Endpoint, PeerTransport] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._disk_reads = disk_reads
         self._disk: Engine | None = None  # for extents, made when first offered some
         self._disk_buffers = None if region.huge else BufferPool(DISK_BUFFER_BYTES)
 
@@ -84,7 +87,9 @@ class TransportPool:
         if self._prefer not in ("auto", "extent") or not connection.offers & Offers.EXTENTS:
             return connection
         if self._disk is None:
-            self._disk = open_engine(Machine(), "auto", label="extents", depth=DISK_READS, pending_max=DISK_READS_PENDING_MAX)
+            self._disk = open_engine(
+                Machine(), "auto", label="extents", depth=self._disk_reads, pending_max=DISK_READS_PENDING_MAX
+            )
         return ExtentTransport(connection, self._region, self._disk, self._disk_buffers)
 
     @property

@@ -11,6 +11,7 @@ import msgspec
 
 GIB = 1 << 30
 BLOCKS_PER_READ = 16  # of one request, as a worker reads
+READS_IN_FLIGHT = 3  # as a worker's
 SYNCING = 8  # requests of BATCH_BYTES: 4 to 9 ms of syncing, at 2 GB/s or more
 BATCH_BYTES = 8 << 20  # between two fdatasyncs: what one request of the byte plane brings
 

@@ -1,7 +1,7 @@
 """The kvstore as a service: another process owns the disk, this one asks over gRPC and gets blocks in its stage.
 
-Reads are as a worker makes them: requests of BLOCKS_PER_READ blocks, as many as bring `depth` blocks. Latencies are of a request.
-CPU seconds are of both processes.
+Reads are as a worker makes them: READS_IN_FLIGHT requests of BLOCKS_PER_READ blocks. The disk, whoever reads it, has at most
+`depth` blocks at once; the others wait. Latencies are of a request. CPU seconds are of both processes.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.pool import PeerTransport, PoolPrefer, TransportPool
 from common.transport.region import Region
 from loadtest.store.blocks import Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, Sample, requests_in_flight
+from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, READS_IN_FLIGHT, Sample, requests_in_flight
 from loadtest.store.slices import Slice
 
 CARRIERS: tuple[PoolPrefer, ...] = ("extent", "shm", "tcp")
@@ -31,15 +31,17 @@ LEASE_S = 600.0
 class Service:
     """A kvstore process, and one way to it per carrier."""
 
-    def __init__(self, process: asyncio.subprocess.Process, address: str, region_bytes: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, address: str, region_bytes: int, depth: int) -> None:
         self.client = KvStoreClient(address, deadline_s=DEADLINE_S)
         self._process = process
         self._region = Region(region_bytes)
-        self._pools = {carrier: TransportPool(self._region, prefer=carrier) for carrier in CARRIERS}
+        self._pools = {carrier: TransportPool(self._region, prefer=carrier, disk_reads=depth) for carrier in CARRIERS}
 
     @classmethod
-    async def start(cls, folder: Path, region_bytes: int, budget_bytes: int, io: str) -> "Service":
+    async def start(cls, folder: Path, region_bytes: int, budget_bytes: int, io: str, depth: int) -> "Service":
+        """`depth`: reads at the disk at once."""
         flags = ["--data", str(folder), "--run-dir", str(folder), "--budget-bytes", str(budget_bytes), "--io", io]
+        flags += ["--read-depth", str(depth)]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "services.kvstore", *flags, stderr=asyncio.subprocess.PIPE
         )
@@ -47,7 +49,7 @@ class Service:
         while line := await process.stderr.readline():
             event = json.loads(line)
             if event["event"] == "ready":
-                return cls(process, event["grpc"], region_bytes)
+                return cls(process, event["grpc"], region_bytes, depth)
         raise SystemExit(f"the kvstore ended with status {await process.wait()}")
 
     async def fill(self, namespace: Namespace, blocks: Blocks, count: int) -> StoredPrefix:
@@ -90,21 +92,18 @@ class Service:
         await asyncio.gather(*(write_on() for _ in range(requests_in_flight(size, depth))))
         return clock.sample()
 
-    async def read(
-        self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, depth: int, ramp_s: float, seconds: float
-    ) -> Sample:
+    async def read(self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, ramp_s: float, seconds: float) -> Sample:
         transport = self._pools[carrier].transport(stored.endpoint)
-        requests, blocks = max(1, depth // BLOCKS_PER_READ), min(depth, BLOCKS_PER_READ)
         clock = Slice(ramp_s, seconds, self._cpu_s)
 
         async def read_on(number: int) -> None:
-            spans = [Span((number * blocks + i) * block_bytes, block_bytes) for i in range(blocks)]
+            spans = [Span((number * BLOCKS_PER_READ + i) * block_bytes, block_bytes) for i in range(BLOCKS_PER_READ)]
             while clock.running:
                 began = time.perf_counter()
                 await _read_once(transport, stored.token, stored.blocks, spans)
-                clock.note(began, blocks * block_bytes)
+                clock.note(began, BLOCKS_PER_READ * block_bytes)
 
-        await asyncio.gather(*map(read_on, range(requests)))
+        await asyncio.gather(*map(read_on, range(READS_IN_FLIGHT)))
         assert transport.carrier == carrier, f"read by {transport.carrier}, not by {carrier}"
         return clock.sample()
 
