@@ -31,9 +31,7 @@ from services.worker.turns import Turns
 
 log = Log("loading")
 BLOCKS_PER_READ = 16  # one request's worth: deep enough to keep the disk busy, small enough to fail early
-READS_IN_FLIGHT = (
-    3  # from one kvstore, of all requests together: the disk has two while the reader checks one and asks for the next
-)
+READS_IN_FLIGHT = 3  # from one kvstore, of all requests together: the disk has two while one is checked and the next asked for
 MEET_SHARE = 8  # of what is left of a leg that meets compute, a batch is so small a part that the ends meet closely
 
 
