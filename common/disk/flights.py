@@ -7,7 +7,7 @@ from common.disk.transfer import Transfer
 
 
 class Chain(msgspec.Struct, gc=False):
-    """One transfer, or writes in a row: `left` of them have not landed.
+    """One transfer, or several in a row: `left` of them have not landed.
 
     `places`: how many of the disk's it takes. `disk_bytes`: about what the disk has of it at any moment.
     """

@@ -100,15 +100,15 @@ class Ring:
         """Operations placed or submitted, and not reaped: at most `entries`."""
         return len(self._pinned)
 
-    def read(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-        """Places a read into `buffers`, one after the other."""
-        self._move(Opcode.READ, Opcode.READV, 0, tag, fd, buffers, offset)
-
-    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
-        """Places a write of `buffers`, one after the other.
+    def read(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
+        """Places a read into `buffers`, one after the other.
 
         `linked`: what is placed next, and submitted with it, begins when it has ended, well or not.
         """
+        self._move(Opcode.READ, Opcode.READV, _HARDLINK if linked else 0, tag, fd, buffers, offset)
+
+    def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
+        """Places a write of `buffers`, one after the other. `linked`: as for `read`."""
         self._move(Opcode.WRITE, Opcode.WRITEV, _HARDLINK if linked else 0, tag, fd, buffers, offset)
 
     def sync(self, tag: int, fd: int) -> None:

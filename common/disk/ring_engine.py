@@ -3,8 +3,8 @@
 1. `submit` queues a batch. While the disk has fewer than `depth` transfers, those whose turn it is (turns.py) go to the kernel. Towards
    the end of what is checked there are fewer, so that little is left to check when the last has come.
 2. Writes go there in chains: the kernel begins one when the one before it has ended, so that the disk, which has no more than
-   `depth` of them and WRITTEN_BYTES at any moment, doesn't wait for the loop. Of reads that would be more memory to check at once, for nothing:
-   the loop looks at the ring between its checks.
+   `depth` of them and WRITTEN_BYTES at any moment, doesn't wait for the loop. So do reads of which much is queued; where it is little, the
+   loop's look at the ring between its checks is soon enough.
 3. The ring's eventfd wakes the loop: what has completed makes room, and the next transfers go to the kernel
    before anything is checked, so that the disk has work meanwhile.
 4. What came short goes on where it stopped; what the kernel had no memory for goes again.
@@ -31,8 +31,9 @@ from common.errors import Overloaded
 
 WRITTEN_BYTES = 8 << 20  # writes at the disk at once; what waits behind them is in chains
 KERNEL_BYTES = 16 << 20  # at the kernel at once: no disk is quicker for more, and what comes together is checked after it
-CHAIN_BYTES = 4 << 20  # of writes in a row: a millisecond of the disk's time, so that the loop may be away as long
-CHAIN_MAX = 16  # writes of a few pages aren't worth more room in the ring
+CHAIN_BYTES = 4 << 20  # in a row: a millisecond of the disk's time, so that the loop may be away as long
+CHAIN_MAX = 16  # transfers of a few pages aren't worth more room in the ring
+MUCH_BYTES = 32 << 20  # of reads in the queue: twice what is at the kernel
 LAST_BYTES = 4 << 20  # of what is checked, half of what is left, but this much: little is then checked after the last has come
 AGAIN_MAX = 100  # times that the kernel may ask for one transfer again
 AGAIN_S = 0.002
@@ -159,16 +160,17 @@ class RingEngine:
         self._hand_over()
 
     def _next_chain(self) -> list[Flight]:
-        """The next transfer; with a write, a share of the writes that wait."""
+        """The next transfer; with one that may be chained, a share of those like it that wait."""
         room_bytes = self._bytes_max - self._kernel_bytes
         free = min(self.depth - self._places, -(-room_bytes // max(1, self._turns.first.length)))
         room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
         share = min(CHAIN_MAX, room, -(-self._turns.waiting // free))
         chain = Chain()
+        op = self._turns.first.op
+        chained = op is Op.WRITE or (op is Op.READ and self._turns.queued_bytes > MUCH_BYTES)
         flights = [self._turns.start(chain)]
         left_bytes = CHAIN_BYTES - flights[0].length
-        writes = flights[0].transfer.op is Op.WRITE
-        while writes and len(flights) < share and left_bytes > 0 and self._turns.waiting and self._turns.first.op is Op.WRITE:
+        while chained and len(flights) < share and left_bytes > 0 and self._turns.waiting and self._turns.first.op is op:
             flights.append(self._turns.start(chain))
             left_bytes -= flights[-1].length
         return flights
@@ -180,7 +182,7 @@ class RingEngine:
         rest, offset = transfer.rest(flight.done), transfer.offset + flight.done
         match transfer.op:
             case Op.READ:
-                self._ring.read(tag, transfer.fd, rest, offset)
+                self._ring.read(tag, transfer.fd, rest, offset, linked=linked)
             case Op.WRITE:
                 self._ring.write(tag, transfer.fd, rest, offset, linked=linked)
             case Op.SYNC:

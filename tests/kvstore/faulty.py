@@ -29,17 +29,18 @@ class LayeredRing(Ring):
         self._files, self._seen = files, seen
         self._threads: dict[int, threading.Thread] = {}
         self._ended: deque[tuple[int, int]] = deque()
-        self._linked: threading.Thread | None = None  # what the next write waits for
+        self._linked: threading.Thread | None = None  # what the next one waits for
 
     @property
     def in_flight(self) -> int:
         return super().in_flight + len(self._threads)
 
-    def read(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    def read(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
         if self._seen("read"):
-            self._start(tag, lambda: self._files.read(fd, buffers, offset))
+            self._start(tag, lambda: self._files.read(fd, buffers, offset), self._linked)
+            self._linked = self._threads[tag] if linked else None
         else:
-            super().read(tag, fd, buffers, offset)
+            super().read(tag, fd, buffers, offset, linked=linked)
 
     def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
         if self._seen("write"):

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -253,23 +254,30 @@ async def test_no_more_than_enough_bytes_are_at_the_kernel_at_once(fd: int, monk
     engine.close()
 
 
+class Chained(Machine):
+    """Notes what is placed, by its page: a list for each chain."""
+
+    def __init__(self) -> None:
+        self.chains: list[list[int]] = [[]]
+
+    def ring(self, entries: int) -> Ring:
+        chains = self.chains
+
+        class ChainedRing(Ring):
+            def _move(self, single: Any, several: Any, flags: int, tag: int, fd: int, buffers: Any, offset: int) -> None:
+                super()._move(single, several, flags, tag, fd, buffers, offset)
+                chains[-1].append(offset // PAGE_BYTES)
+                if not flags:
+                    chains.append([])
+
+        return ChainedRing(entries)
+
+
 async def test_writes_wait_at_the_kernel_in_as_many_chains_as_the_disk_may_have(fd: int) -> None:
-    chains: list[list[int]] = [[]]
-
-    class Watched(Machine):
-        def ring(self, entries: int) -> Ring:
-            return WatchedRing(entries)
-
-    class WatchedRing(Ring):
-        def write(self, tag: int, fd: int, buffers: Sequence[memoryview], offset: int, *, linked: bool = False) -> None:
-            super().write(tag, fd, buffers, offset, linked=linked)
-            chains[-1].append(offset // PAGE_BYTES)
-            if not linked:
-                chains.append([])
-
     if _ring_reason():
         pytest.skip(_ring_reason())
-    engine = open_engine(Watched(), "io_uring", label="test", depth=2, pending_max=20)
+    machine = Chained()
+    engine = open_engine(machine, "io_uring", label="test", depth=2, pending_max=20)
     pages = [aligned(PAGE_BYTES) for _ in range(7)]
     for number, page in enumerate(pages):
         page[:] = bytes([100 + number]) * PAGE_BYTES
@@ -278,7 +286,23 @@ async def test_writes_wait_at_the_kernel_in_as_many_chains_as_the_disk_may_have(
     results = await engine.submit([*writes[:2], broken, *writes[2:], read(fd, 7), Transfer(Op.SYNC, fd)]).done
     assert isinstance(results.pop(2), OSError), "what comes after a failed write is written all the same"
     assert results == [PAGE_BYTES] * 8 + [0] and os.pread(fd, 8 * PAGE_BYTES, 0) == b"".join([*pages, bytes([8]) * PAGE_BYTES])
-    assert chains == [[0, 1, 77, 2, 3], [4, 5, 6], []]
+    assert machine.chains == [[0, 1, 77, 2, 3], [4, 5, 6], [7], []]
+    engine.close()
+
+
+async def test_of_reads_only_those_with_much_behind_them_wait_in_chains(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_engine, "MUCH_BYTES", 6 * PAGE_BYTES)
+    if _ring_reason():
+        pytest.skip(_ring_reason())
+    machine = Chained()
+    engine = open_engine(machine, "io_uring", label="test", depth=2, pending_max=20)
+    reads = [read(fd, page) for page in range(8)]
+    broken = Transfer(Op.READ, -5, [aligned(PAGE_BYTES)], 77 * PAGE_BYTES)
+    results = await engine.submit([reads[0], broken, *reads[1:]]).done
+    assert isinstance(results.pop(1), OSError), "what comes after a failed read is read all the same"
+    assert results == [PAGE_BYTES] * 8
+    assert [bytes(transfer.buffers[0]) for transfer in reads] == [bytes([1 + page]) * PAGE_BYTES for page in range(8)]
+    assert machine.chains == [[0, 77, 1, 2, 3], [4], [5], [6], [7], []]
     engine.close()
 
 
