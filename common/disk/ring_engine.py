@@ -161,16 +161,16 @@ class RingEngine:
 
     def _next_chain(self) -> list[Flight]:
         """The next transfer; with one that may be chained, a share of those like it that wait."""
+        first = self._turns.first
         room_bytes = self._bytes_max - self._kernel_bytes
-        free = min(self.depth - self._places, -(-room_bytes // max(1, self._turns.first.length)))
+        free = min(self.depth - self._places, -(-room_bytes // max(1, first.length)))
         room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
         share = min(CHAIN_MAX, room, -(-self._turns.waiting // free))
         chain = Chain()
-        op = self._turns.first.op
-        chained = op is Op.WRITE or (op is Op.READ and self._turns.queued_bytes > MUCH_BYTES)
+        chained = first.op is Op.WRITE or (first.op is Op.READ and self._turns.queued_bytes > MUCH_BYTES)
         flights = [self._turns.start(chain)]
         left_bytes = CHAIN_BYTES - flights[0].length
-        while chained and len(flights) < share and left_bytes > 0 and self._turns.waiting and self._turns.first.op is op:
+        while chained and len(flights) < share and left_bytes > 0 and self._turns.waiting and self._turns.first.op is first.op:
             flights.append(self._turns.start(chain))
             left_bytes -= flights[-1].length
         return flights

@@ -18,46 +18,43 @@ _Line = deque[tuple[Batch[int], Sequence[Transfer]]]
 
 
 class Turns:
-    """`waiting` transfers of `queued_bytes` that were not started."""
+    """Lives on the loop.
+
+    Attributes:
+        first: the next transfer, while some wait.
+    """
 
     def __init__(self) -> None:
         self.waiting = 0
         self.queued_bytes = 0
+        self.first: Transfer
         self._short: _Line = deque()
         self._long: _Line = deque()
-        self._shorts_turn = True
-
-    @property
-    def _line(self) -> _Line:
-        """Which the next comes from, while some wait."""
-        return self._short if self._short and (self._shorts_turn or not self._long) else self._long
-
-    @property
-    def first(self) -> Transfer:
-        """The next, while some wait."""
-        batch, transfers = self._line[0]
-        return transfers[batch.next]
+        self._turn = self._short  # the next comes from there, if some wait there
+        self._line = self._short  # where it comes from
 
     def add(self, batch: Batch[int], transfers: Sequence[Transfer]) -> None:
         batch_bytes = sum(transfer.length for transfer in transfers)
         self.waiting += len(transfers)
         self.queued_bytes += batch_bytes
         (self._short if batch_bytes <= SHORT_BYTES else self._long).append((batch, transfers))
+        self._choose()
 
     def start(self, chain: Chain) -> Flight:
         """The first goes, as one of a chain."""
-        line = self._line
-        batch, transfers = line[0]
-        transfer = transfers[batch.start()]
+        line, first, length = self._line, self.first, self.first.length
+        batch, _ = line[0]
+        index = batch.start()
         if not batch.left:
             line.popleft()
-        elif transfer.op is not Op.READ:
+        elif first.op is not Op.READ:
             line.rotate(-1)
-        self._shorts_turn = line is self._long
         self.waiting -= 1
-        self.queued_bytes -= transfer.length
+        self.queued_bytes -= length
         chain.left += 1
-        return Flight(batch, batch.next - 1, transfer, transfer.length, chain)
+        self._turn = self._long if line is self._short else self._short
+        self._choose()
+        return Flight(batch, index, first, length, chain)
 
     def give_up(self, batch: Batch[int]) -> int:
         """What is left of a batch won't be started; how many that are."""
@@ -67,4 +64,11 @@ class Turns:
                 line.remove(entry)
                 self.waiting -= left
                 self.queued_bytes -= sum(transfer.length for transfer in entry[1][-left:])
+        self._choose()
         return left
+
+    def _choose(self) -> None:
+        self._line = self._turn or (self._long if self._turn is self._short else self._short)
+        if self._line:
+            batch, transfers = self._line[0]
+            self.first = transfers[batch.next]

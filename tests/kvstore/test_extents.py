@@ -4,10 +4,13 @@ import asyncio
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common.disk.engine import Engine, open_engine
 from common.transport import extent_desk
+from common.transport import pool as pool_module
 from common.transport.client import connect
 from common.transport.frames import Offers
 from common.transport.interface import Endpoint, Extent, LeaseToken, Part, PartStatus, Span
@@ -202,5 +205,24 @@ async def test_a_pool_takes_extents_by_itself_on_one_host_and_not_where_shm_or_t
     over_tcp = await connect(tcp_only, reader.region)
     assert over_tcp.offers is Offers.NOTHING
     await over_tcp.close()
+    await server.close()
+    reader.one.store.release(token)
+
+
+async def test_a_pool_has_no_more_reads_of_extents_at_the_disk_than_it_may(
+    reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, depths = reader.lease(), []
+    server = await serve_bytes(reader.one.area, tcp=("127.0.0.1", 0), shm_path=tmp_path / "pool")
+
+    def opened(*rest: Any, depth: int, **more: Any) -> Engine:
+        depths.append(depth)
+        return open_engine(*rest, depth=depth, **more)
+
+    monkeypatch.setattr(pool_module, "open_engine", opened)
+    pool = TransportPool(reader.region, prefer="extent", disk_reads=3)
+    statuses = await pool.transport(server.endpoint).read(token, reader.parts, reader.spans, deadline_s=DEADLINE_S)
+    assert statuses == [OK] * BLOCKS and depths == [3]
+    await pool.close()
     await server.close()
     reader.one.store.release(token)
