@@ -4,7 +4,7 @@ A ratio that can't be formed, because a mode of it wasn't measured, is left out 
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -20,16 +20,17 @@ SINGLE_SOURCES = ("direct", "storage_to_decode", "storage_to_prefill")
 
 
 class Crossing(msgspec.Struct, frozen=True):
-    """TTFT medians at one storage rate, in seconds; `over_better`: ours over the quicker of the two."""
+    """TTFT medians at one storage rate, in seconds.
+
+    Attributes:
+        over_better: ours over the quicker of the two, request by request, as they took turns; the median.
+    """
 
     rate: float
     load_s: float
     recompute_s: float
     full_s: float
-
-    @property
-    def over_better(self) -> float:
-        return self.full_s / min(self.load_s, self.recompute_s)
+    over_better: float
 
 
 def ratios(found: Sequence[Measured], slo: Slo) -> dict[str, float]:
@@ -122,18 +123,31 @@ def _one_request(here: Sequence[Measured], name: str) -> dict[str, float]:
 
 def crossings(here: Sequence[Measured]) -> list[Crossing]:
     """One point per storage rate at which all three sides were measured."""
-    ttft = {(one.mode, one.step): median_ttft_s(one) for one in here}
-    rates = {one.step: one.rates.storage or float("inf") for one in here}
     out = []
-    for step, rate in sorted(rates.items()):
-        loads = [ttft[mode, at] for mode, at in ttft if at == step and mode not in (FULL, RECOMPUTE)]
-        if loads and (RECOMPUTE, step) in ttft and (FULL, step) in ttft:
-            out.append(Crossing(rate, min(loads), ttft[RECOMPUTE, step], ttft[FULL, step]))
+    for step in sorted({one.step for one in here}):
+        at = {one.mode: one for one in here if one.step == step}
+        loads = [mode for mode in at if mode not in (FULL, RECOMPUTE)]
+        if loads and RECOMPUTE in at and FULL in at:
+            load, recompute, full = at[min(loads, key=lambda mode: median_ttft_s(at[mode]))], at[RECOMPUTE], at[FULL]
+            better = min(load, recompute, key=median_ttft_s)
+            over = statistics.median(ours / theirs for ours, theirs in zip(ttfts_s(full), ttfts_s(better), strict=False))
+            rate = full.rates.storage or float("inf")
+            out.append(Crossing(rate, median_ttft_s(load), median_ttft_s(recompute), median_ttft_s(full), over))
     return out
 
 
+def near(first: Mapping[str, Measured], far: float) -> list[str]:
+    """The modes of a crossing's round without those that are `far` from the quicker side: what they take exactly matters no more."""
+    sides = {mode: median_ttft_s(one) for mode, one in first.items() if mode != FULL}
+    return [mode for mode in first if mode == FULL or sides[mode] < far * min(sides.values())]
+
+
 def median_ttft_s(of: Measured) -> float:
-    return statistics.median(sample.ttft_s or float("inf") for sample in of.done.samples)
+    return statistics.median(ttfts_s(of))
+
+
+def ttfts_s(of: Measured) -> list[float]:
+    return [sample.ttft_s or float("inf") for sample in of.done.samples]
 
 
 def _word(mode: str) -> str:

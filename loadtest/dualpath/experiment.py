@@ -35,6 +35,8 @@ PRIMERS, PRIMERS_AT_ONCE = 4, 2
 CROSSING = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)  # a storage link's rate over the rate at which one worker makes KV
 CROSSING_COMPUTE_MIN = 8.0  # the compute network's, likewise
 CROSSING_PRIMERS = 2
+CROSSING_ROUNDS = 5  # of `REPEATS` requests for each mode
+CROSSING_FAR = 2.0  # a side that takes so many times as long as the other in the first round is not asked again
 REPEATS = 3
 
 
@@ -110,7 +112,7 @@ class Experiment:
             if self._results.get("offline", self._lab.topology, mode) is None:
                 with self._cluster(mode) as cluster:
                     self._prime(cluster, mode)
-                    self._measure(cluster, self._agents, [0.0] * len(self._agents), "offline", mode)
+                    self._results.put(self._measure(cluster, self._agents, [0.0] * len(self._agents), "offline", mode))
 
     def online(self, modes: Sequence[str]) -> None:
         """Agents come at a rate; the highest rate at which enough requests attain the objective."""
@@ -124,33 +126,34 @@ class Experiment:
                 say(f"online {self._lab.topology} {mode}: {found:.3g} agents/s")
 
     def one_request(self, modes: Sequence[str]) -> None:
-        """One long prompt at a time on an idle cluster, from each source and from all."""
-        left = [mode for mode in modes if self._results.get("one-request", self._lab.topology, mode) is None]
-        if not left:
+        """One long prompt at a time on an idle cluster, from each source and from all; for every prompt the modes take turns."""
+        if all(self._results.get("one-request", self._lab.topology, mode) for mode in modes):
             return
-        with self._cluster(*left) as cluster:
-            for mode in left:
+        with self._cluster(*modes) as cluster:
+            for mode in modes:
                 self._prime(cluster, mode)
-                self._singles(cluster, self._long, "one-request", mode)
+            measured = [self._turns(cluster, [long], "one-request", modes, n) for n, long in enumerate(self._long)]
+            self._keep(measured)
 
     def crossing(self, modes: Sequence[str]) -> None:
         """The storage links' rate from far below to far above the speed of recomputing. At every rate the modes take turns, because
         the machine's speed of computing drifts. The shortest contexts: loading them from far below takes long enough."""
         left = [
-            (over, mode)
-            for over in CROSSING
-            for mode in modes
-            if self._results.get("crossing", self._lab.topology, mode, over) is None
+            over for over in CROSSING if not all(self._results.get("crossing", self._lab.topology, mode, over) for mode in modes)
         ]
         if not left:
             return
         shortest = sorted((agent.context for agent in self._agents), key=len)[:REPEATS]
-        with self._cluster(*dict.fromkeys(mode for _, mode in left)) as cluster:
-            for over, mode in left:
+        with self._cluster(*modes) as cluster:
+            for over in left:
                 made = self._machine().recompute_bytes_per_s
                 self._lab.shape(Rates(over * made, max(CROSSING_COMPUTE_MIN, COMPUTE_OVER_STORAGE * over) * made))
-                self._prime(cluster, mode, CROSSING_PRIMERS)
-                self._singles(cluster, shortest, "crossing", mode, over)
+                for mode in modes:
+                    self._prime(cluster, mode, CROSSING_PRIMERS)
+                rounds = [self._turns(cluster, shortest, "crossing", modes, 0, over)]
+                near = conclusions.near(rounds[0], CROSSING_FAR)
+                rounds += [self._turns(cluster, shortest, "crossing", near, n, over) for n in range(1, CROSSING_ROUNDS)]
+                self._keep(rounds)
 
     def _guess(self, mode: str) -> float:
         """Agents a second to try first: the paper's gain over `basic` where that was measured, else what the storage links carry."""
@@ -175,15 +178,27 @@ class Experiment:
                 msgspec.structs.replace(agent, context=self._agents[agent.id % len(self._agents)].context) for agent in those
             ]
             known = self._measure(cluster, shared, starts, "online", mode, step=rate, turns_until_s=window)
+            self._results.put(known)
         found = figures(known, self._slo)
         say(f"  {rate:g} agents/s: {found.slo_share:.0%} within the objective, {found.failed} failed")
         return found.slo_share >= self._slo.share and not found.failed
 
-    def _singles(self, cluster: Cluster, contexts: Sequence[tuple[int, ...]], part: str, mode: str, step: float = 0.0) -> None:
-        rng = random.Random(f"{self._seed} {part} {mode} {step}")
-        appended = self._setup.statistics.appended
-        those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts)]
-        self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
+    def _turns(
+        self, cluster: Cluster, contexts: Sequence[tuple[int, ...]], part: str, modes: Sequence[str], number: int, step: float = 0.0
+    ) -> dict[str, Measured]:  # fmt: skip
+        """One round: each mode asks for these contexts, one at a time, with a tail that is new. Every other round goes the other way about."""
+        out = {}
+        for mode in modes if number % 2 == 0 else modes[::-1]:
+            rng = random.Random(f"{self._seed} {part} {mode} {step} {number}")
+            appended = self._setup.statistics.appended
+            first = number * len(contexts)
+            those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts, first)]
+            out[mode] = self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
+        return out
+
+    def _keep(self, rounds: Sequence[dict[str, Measured]]) -> None:
+        for mode in rounds[0]:
+            self._results.put(functools.reduce(Measured.followed_by, (one[mode] for one in rounds if mode in one)))
 
     def _prime(self, cluster: Cluster, mode: str, count: int = PRIMERS) -> None:
         rng = random.Random(f"{self._seed} {mode} {self._lab.rates}")
@@ -196,7 +211,6 @@ class Experiment:
     ) -> Measured:  # fmt: skip
         job = Job(cluster.urls[mode], cluster.model_name, list(those), list(starts), at_once or max(1, len(those)), turns_until_s)
         measured = measure(self._lab, cluster, job, part=part, mode=mode, step=step, tpot_alone_s=self._machine().tpot_s)
-        self._results.put(measured)
         found = figures(measured, self._slo)
         ttft = f", TTFT p50 {found.ttft.p50:.0f} ms" if found.ttft else ""
         say(f"{measured.name}: {found.wall_s:.2f} s, {found.requests} requests, {found.failed} failed{ttft}, {found.routes}")

@@ -49,6 +49,14 @@ class Tick(msgspec.Struct, frozen=True):
     at_s: float
     ports: dict[str, tuple[int, int]]
 
+    def followed_by(self, later: "Tick", first: "Tick") -> "Tick":
+        """`later`, counted from this one on; `first` is the first of its job."""
+        ports = {}
+        for port, (towards, off) in later.ports.items():
+            (ours, ours_off), (theirs, theirs_off) = self.ports.get(port, (0, 0)), first.ports.get(port, (0, 0))
+            ports[port] = ours + towards - theirs, ours_off + off - theirs_off
+        return Tick(self.at_s + later.at_s, ports)
+
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """One job, raw. What it means is worked out in `figures`.
@@ -79,3 +87,20 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         return f"{self.part}-{self.topology}-{self.mode}-{self.step:g}"
+
+    def followed_by(self, later: "Measured") -> "Measured":
+        """Both as one job, as if the later had begun when this one ended. What lay between them, other modes' turns, is left out."""
+        began_s, counted = self.done.wall_s, self.ticks[-1]
+        samples = [msgspec.structs.replace(sample, sent_s=began_s + sample.sent_s) for sample in later.done.samples]
+        done = Done(
+            self.done.wall_s + later.done.wall_s, [*self.done.samples, *samples], _sums(self.done.path_bytes, later.done.path_bytes),
+            self.done.explained | later.done.explained,
+        )  # fmt: skip
+        return msgspec.structs.replace(
+            self, done=done, ticks=[*self.ticks, *(counted.followed_by(tick, later.ticks[0]) for tick in later.ticks)],
+            cpu_s=_sums(self.cpu_s, later.cpu_s), machine_cpu_s=self.machine_cpu_s + later.machine_cpu_s,
+        )  # fmt: skip
+
+
+def _sums(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    return {name: ours.get(name, 0.0) + theirs.get(name, 0.0) for name in ours | theirs}

@@ -109,6 +109,26 @@ def test_crossing_compares_with_the_better_of_the_two() -> None:
     assert conclusions.crossings(jobs[:2]) == []
 
 
+def test_crossing_is_judged_turn_by_turn_so_that_a_machine_that_slows_down_says_nothing() -> None:
+    took = {"full": (1.05, 2.1, 4.2), "recompute": (1.0, 2.0, 4.0), "split": (9.0,)}
+    jobs = [measured(mode, "crossing", samples=[sample(n, s) for n, s in enumerate(took[mode])]) for mode in took]
+    (point,) = conclusions.crossings(jobs)
+    assert point.over_better == pytest.approx(1.05) and point.recompute_s == 2.0
+    assert conclusions.near({job.mode: job for job in jobs}, 2.0) == ["full", "recompute"]
+    assert conclusions.near({job.mode: job for job in jobs}, 5.0) == ["full", "recompute", "split"]
+
+
+def test_rounds_of_one_mode_are_one_job() -> None:
+    first, later = measured("full", wall_s=20.0, decode_bytes=100), measured("full", wall_s=10.0, decode_bytes=50)
+    both = first.followed_by(later)
+    assert both.name == first.name and both.done.wall_s == 30.0 and both.cpu_s == {"prefill-0": 8.0, "decode-0": 4.0}
+    assert [one.sent_s for one in both.done.samples] == [0.0, 10.0, 20.0, 30.0]
+    assert both.ticks[-1].at_s == 30.0 and both.ticks[-1].ports["st-decode-0"] == (150, 0)
+    found = figures(both, Slo())
+    assert {link.port: link.towards_bytes for link in found.links}["st-prefill-0"] == 2 * 190_000_000
+    assert found.overhead["storage"] == pytest.approx(1.01)
+
+
 @pytest.mark.parametrize("bisections", [0, 1, 2])
 @pytest.mark.parametrize("truth", [0.3, 0.99, 1.0, 1.1, 3.7])
 def test_capacity_is_found_within_what_is_left_of_a_step(truth: float, bisections: int) -> None:
