@@ -208,6 +208,19 @@ def test_a_correction_is_forgotten_when_its_plan_is_not_used() -> None:
     assert math.isclose(corrections.factors(100 * FORGET_S)[Plan.DIRECT], 1.0)
 
 
+def test_half_of_what_one_plan_took_is_a_lesson_for_all() -> None:
+    corrections = Corrections()
+    for _ in range(200):
+        corrections.observe(Plan.SPLIT, 1.0, 1.6, 0.0)
+    factors = corrections.factors(0.0)
+    assert math.isclose(factors[Plan.DIRECT], math.sqrt(factors[Plan.SPLIT]), rel_tol=1e-3) and factors[Plan.DIRECT] > 1.2
+    for _ in range(200):
+        corrections.observe(Plan.DIRECT, 1.0, 1.0, 0.0)
+        corrections.observe(Plan.SPLIT, 1.0, 1.6, 0.0)
+    factors = corrections.factors(0.0)
+    assert math.isclose(factors[Plan.DIRECT], 1.0, rel_tol=0.05) and math.isclose(factors[Plan.SPLIT], 1.65 / 1.05, rel_tol=0.05)
+
+
 def test_milliseconds_teach_next_to_nothing() -> None:
     corrections = Corrections()
     corrections.observe(Plan.DIRECT, 0.001, 0.006, 0.0)

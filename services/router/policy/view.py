@@ -85,7 +85,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     Attributes:
         bytes_per_block: of one full block as workers compute with it. `stored_bytes_per_block`: as it is stored.
         kvstores: the addresses of those that answer.
-        corrections: per plan, what finished requests took over what was estimated (`corrections.py`); absent: 1.
+        corrections: per plan, what finished requests took over what was estimated (`corrections.py`); empty: nothing yet.
     """
 
     namespace: str
