@@ -113,27 +113,30 @@ class Ring:
 
     def sync(self, tag: int, fd: int) -> None:
         """Places an fdatasync: of the writes that were reaped before."""
-        self._place(_SQE.pack(Opcode.FSYNC, 0, 0, fd, 0, 0, 0, _FSYNC_DATASYNC, tag), tag, None)
+        self._place(tag, None, Opcode.FSYNC, 0, fd, 0, 0, 0, _FSYNC_DATASYNC)
 
     def _move(
         self, single: Opcode, several: Opcode, flags: int, tag: int, fd: int, buffers: Sequence[memoryview], offset: int
     ) -> None:
         if len(buffers) == 1:
             pin = ctypes.c_char.from_buffer(buffers[0])
-            sqe = _SQE.pack(single, flags, 0, fd, offset, ctypes.addressof(pin), len(buffers[0]), 0, tag)
-            self._place(sqe, tag, pin)
+            self._place(tag, pin, single, flags, fd, offset, ctypes.addressof(pin), len(buffers[0]), 0)
             return
         pins = [ctypes.c_char.from_buffer(buffer) for buffer in buffers]
         table = _Raw(_IOVEC.size * len(buffers))
         for i, (pin, buffer) in enumerate(zip(pins, buffers, strict=True)):
             _IOVEC.pack_into(table.bytes, i * _IOVEC.size, ctypes.addressof(pin), len(buffer))
-        self._place(_SQE.pack(several, flags, 0, fd, offset, table.address, len(buffers), 0, tag), tag, (pins, table))
+        self._place(tag, (pins, table), several, flags, fd, offset, table.address, len(buffers), 0)
 
-    def _place(self, sqe: bytes, tag: int, pinned: object) -> None:
+    def _place(
+        self, tag: int, pinned: object, opcode: Opcode, flags: int, fd: int, offset: int, place: int, length: int, own_flags: int
+    ) -> None:
+        """The operation's fields; `own_flags` are of its kind."""
         assert tag not in self._pinned and len(self._pinned) < self.entries
         tail = self._words[self._sq_tail]
-        at = _SQE.size * (tail & self._sq_mask)
-        self._sqes[at : at + _SQE.size] = sqe
+        _SQE.pack_into(
+            self._sqes, _SQE.size * (tail & self._sq_mask), opcode, flags, 0, fd, offset, place, length, own_flags, tag
+        )
         self._words[self._sq_tail] = (tail + 1) & _WORD
         self._pinned[tag] = pinned
         self._placed += 1

@@ -126,25 +126,24 @@ class RingEngine:
         self._arrivals.check()
 
     @property
-    def _bytes_max(self) -> int:
-        """While something waits."""
-        first = self._turns.first
+    def _free(self) -> int:
+        """How many more transfers like the next one the disk may have: none while nothing waits."""
+        turns, ring = self._turns, self._ring
+        if not turns.waiting or ring.in_flight >= ring.entries:
+            return 0
+        first = turns.first
         if first.op is Op.WRITE:
-            return WRITTEN_BYTES
-        if first.check is None:
-            return KERNEL_BYTES
-        return min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + self._turns.queued_bytes) // 2))
+            bytes_max = WRITTEN_BYTES
+        elif first.check is None:
+            bytes_max = KERNEL_BYTES
+        else:
+            bytes_max = min(KERNEL_BYTES, max(LAST_BYTES, (self._kernel_bytes + turns.queued_bytes) // 2))
+        return min(self.depth - self._places, -(-(bytes_max - self._kernel_bytes) // max(1, first.length)))
 
     def _fill(self) -> None:
         """Takes transfers to the kernel, as many as it may have."""
-        ring = self._ring
-        while (
-            self._turns.waiting
-            and self._places < self.depth
-            and ring.in_flight < ring.entries
-            and self._kernel_bytes < self._bytes_max
-        ):
-            flights = self._next_chain()
+        while (free := self._free) > 0:
+            flights = self._next_chain(free)
             chain = flights[0].chain
             chain.disk_bytes = flights[0].length
             self._places += chain.places
@@ -159,19 +158,19 @@ class RingEngine:
             self._place(Flight(batch, batch.start(), transfer, 0, Chain(left=1, places=0)))
         self._hand_over()
 
-    def _next_chain(self) -> list[Flight]:
-        """The next transfer; with one that may be chained, a share of those like it that wait."""
-        first = self._turns.first
-        room_bytes = self._bytes_max - self._kernel_bytes
-        free = min(self.depth - self._places, -(-room_bytes // max(1, first.length)))
-        room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
-        share = min(CHAIN_MAX, room, -(-self._turns.waiting // free))
+    def _next_chain(self, free: int) -> list[Flight]:
+        """The next transfer; with one that may be chained, a share of those like it that wait: `free` such chains have room."""
+        turns, op = self._turns, self._turns.first.op
+        chained = op is Op.WRITE or (op is Op.READ and turns.queued_bytes > MUCH_BYTES)
         chain = Chain()
-        chained = first.op is Op.WRITE or (first.op is Op.READ and self._turns.queued_bytes > MUCH_BYTES)
-        flights = [self._turns.start(chain)]
+        flights = [turns.start(chain)]
+        if not chained:
+            return flights
+        room = self._ring.entries - self._ring.in_flight - (free - 1)  # the other chains are of one at least
+        share = min(CHAIN_MAX, room, -(-(turns.waiting + 1) // free))
         left_bytes = CHAIN_BYTES - flights[0].length
-        while chained and len(flights) < share and left_bytes > 0 and self._turns.waiting and self._turns.first.op is first.op:
-            flights.append(self._turns.start(chain))
+        while len(flights) < share and left_bytes > 0 and turns.waiting and turns.first.op is op:
+            flights.append(turns.start(chain))
             left_bytes -= flights[-1].length
         return flights
 

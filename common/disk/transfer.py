@@ -31,10 +31,11 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     offset: int = 0
     check: Callable[[], int] | None = None
     device: int = 0
+    length: int = 0  # of `buffers`: not to be given
 
-    @property
-    def length(self) -> int:
-        return sum(map(len, self.buffers))
+    def __post_init__(self) -> None:
+        buffers = self.buffers
+        msgspec.structs.force_setattr(self, "length", len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers)))
 
     def rest(self, done: int) -> Sequence[memoryview]:
         """The buffers from byte `done` on."""

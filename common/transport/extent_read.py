@@ -10,6 +10,11 @@ from common.transport.interface import Extent
 from common.transport.memory import copy, crc32c
 
 
+def reads_directly(fd: int) -> bool:
+    """Whether a file was opened with O_DIRECT."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
 class WrongBytes(Exception):
     """The disk has other bytes there than the peer said."""
 
@@ -17,10 +22,11 @@ class WrongBytes(Exception):
 class ExtentRead:
     """One part on its way from the disk into a span."""
 
-    def __init__(self, extent: Extent, view: memoryview) -> None:
+    def __init__(self, extent: Extent, view: memoryview, direct: bool) -> None:
+        """`direct`: the file is read past the page cache (`reads_directly`)."""
         self.view = view
         self.buffer: memoryview | None = None  # ours, to read through
-        self.direct = bool(fcntl.fcntl(extent.fd, fcntl.F_GETFL) & os.O_DIRECT)
+        self.direct = direct
         self._extent = extent
         self._wanted = True
         self._copying = threading.Lock()  # held while the span is written to

@@ -27,7 +27,7 @@ from common.errors import Overloaded, TransferFailed
 from common.logs import Log
 from common.transport.connection import SETTLE_S, Connection
 from common.transport.counters import Counters
-from common.transport.extent_read import ExtentRead, WrongBytes
+from common.transport.extent_read import ExtentRead, WrongBytes, reads_directly
 from common.transport.interface import PARTS_MAX, Extent, LeaseToken, Part, PartStatus, Span
 from common.transport.lease_places import LeasePlaces, Places
 from common.transport.memory import copy
@@ -178,9 +178,12 @@ class ExtentTransport:
     def _readings(self, places: Places, into: Sequence[Span]) -> dict[int, ExtentRead]:
         """What can be read from here, by number of the part."""
         reads: dict[int, ExtentRead] = {}
+        direct: dict[int, bool] = {}
         for i, (extent, span) in enumerate(zip(places.extents, into, strict=False)):
             if isinstance(extent, Extent) and not self._region.held(span):
-                read = ExtentRead(extent, self._region.view(span))
+                if extent.fd not in direct:
+                    direct[extent.fd] = reads_directly(extent.fd)
+                read = ExtentRead(extent, self._region.view(span), direct[extent.fd])
                 if read.fits:
                     reads[i] = read
         return reads

@@ -33,6 +33,8 @@ def crc32c(data: memoryview | bytes | bytearray) -> int:
 
 async def crc32c_in_turns(data: memoryview) -> int:
     """`crc32c`. Raises `ValueError` when `data` is released meanwhile."""
+    if len(data) < TURN_BYTES:
+        return crc32c(data)
     value = 0
     for start, end in _pieces(len(data)):
         value = _extend(value, data[start:end])

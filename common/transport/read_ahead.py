@@ -44,7 +44,7 @@ class Flight:
         self._thread = threading.get_ident()
         self._delivered = False
         self._then: Callable[[], None] | None = None
-        transfer = ExtentRead(extent, self.view).transfer()
+        transfer = ExtentRead(extent, self.view, direct=True).transfer()
         self._check = transfer.check
         self.done = engine.submit([msgspec.structs.replace(transfer, check=self._checked)]).done
         self.done.add_done_callback(self._deliver)

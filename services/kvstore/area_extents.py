@@ -29,7 +29,7 @@ def _locate(store: Store, lease: ReadLease, part: Part) -> Extent | PartStatus:
     if not 0 <= part.item < len(lease.slots) or part.offset or part.length != shelf.geometry.payload_bytes:
         return PartStatus.REJECTED
     slot, sequence = lease.slots[part.item], lease.sequences[part.item]
-    if shelf.index.key(slot) is None or shelf.index.sequence(slot) != sequence:
+    if not shelf.index.holds(slot) or shelf.index.sequence(slot) != sequence:
         return PartStatus.MISSING
     segment, within = shelf.place(slot)
     try:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from common.disk.batch import Batch, NotStarted
 from common.disk.buffers import BufferPool
-from common.disk.pages import address, shared_memory_is_huge
+from common.disk.pages import shared_memory_is_huge
 from common.errors import Overloaded
 from common.logs import Log
 from common.transport.interface import LeaseToken, Part, PartStatus
@@ -45,7 +45,7 @@ class Reads:
         self._deadline_s = deadline_s
         self._straight = shared_memory_is_huge()
         self._chunk_tables = ChunkTables(store, self.buffers, deadline_s)
-        self._sending: dict[int, memoryview] = {}  # address of a view that was handed out -> its buffer
+        self._sending: dict[int, tuple[memoryview, memoryview]] = {}  # by id of a view that was handed out: it, its buffer
 
     async def read(self, token: LeaseToken, parts: Sequence[Part], into: Sequence[memoryview] | None) -> list[ReadResult]:
         """As `Area.read`."""
@@ -64,8 +64,7 @@ class Reads:
                 targets.append(target)
         if not targets:
             return results
-        for target in targets:
-            target.shelf.index.offers.pin(target.slot)
+        self._pin(targets)
         with self._metrics.read_s.time():
             try:
                 await self._chunk_tables.learn(lease, targets)
@@ -80,7 +79,7 @@ class Reads:
     def done_reading(self, views: Sequence[memoryview]) -> None:
         """As `Area.done_reading`."""
         for view in views:
-            buffer = self._sending.pop(address(view), None)
+            _, buffer = self._sending.pop(id(view), (None, None))
             if buffer is not None:
                 self.buffers.give_back(buffer)
 
@@ -90,7 +89,7 @@ class Reads:
             return PartStatus.REJECTED
         slot, sequence = lease.slots[part.item], lease.sequences[part.item]
         index = lease.shelf.index
-        if index.key(slot) is None or index.sequence(slot) != sequence:
+        if not index.holds(slot) or index.sequence(slot) != sequence:
             return PartStatus.MISSING
         return Target(i, part, lease.shelf, slot, sequence, index.checksum(slot), into)
 
@@ -217,7 +216,8 @@ class Reads:
                 self._metrics.reads += 1
                 self._metrics.read_bytes += target.part.length
                 if results is not None:
-                    results[target.index] = (PartStatus.OK, target.view, outcome)
+                    view = target.view
+                    results[target.index] = (PartStatus.OK, view, outcome)
                     sending = target.into is None
             else:
                 status = self._failed_read(target, outcome)
@@ -226,13 +226,17 @@ class Reads:
             if target.buffer is None:
                 continue
             if sending:
-                self._sending[address(target.view)] = target.buffer
+                self._sending[id(view)] = view, target.buffer
             else:
                 self.buffers.give_back(target.buffer)
 
-    def _unpin(self, targets: list[Target]) -> None:
-        for target in targets:
-            target.shelf.index.offers.unpin(target.slot)
+    @staticmethod
+    def _pin(targets: list[Target]) -> None:
+        targets[0].shelf.index.offers.hold([target.slot for target in targets])
+
+    @staticmethod
+    def _unpin(targets: list[Target]) -> None:
+        targets[0].shelf.index.offers.unpin_all([target.slot for target in targets])
 
     def _failed_read(self, target: Target, error: BaseException) -> PartStatus:
         if isinstance(error, CorruptPayload):
@@ -250,7 +254,7 @@ class Reads:
 
     def check_integrity(self) -> list[str]:
         """What is wrong, in words."""
-        sending = sum(len(buffer) for buffer in self._sending.values())
+        sending = sum(len(buffer) for _, buffer in self._sending.values())
         if sending > self.buffers.taken_bytes:
             return [f"{sending} bytes are being sent, {self.buffers.taken_bytes} were taken"]
         return []

@@ -26,7 +26,7 @@ class Target(msgspec.Struct):
     start: int = 0  # the payload's byte that is first in `buffer`
     buffer_bytes: int = 0  # 0: the block goes straight into the caller's memory
     buffer: memoryview | None = None  # ours
-    copying: threading.Lock = msgspec.field(default_factory=threading.Lock)  # held while `into` is written to
+    copying: "threading.Lock | None" = None  # held while `into` is written to from `buffer`
 
     @property
     def whole(self) -> bool:
@@ -51,21 +51,25 @@ class Target(msgspec.Struct):
         """
         segment, _ = self.shelf.place(self.slot)
         self.buffer_bytes = self.shelf.geometry.padded_bytes
-        if (straight or not segment.direct) and self.whole and self.into is not None and segment.takes(self.into):
+        if self.whole and self.into is not None and (straight or not segment.direct) and segment.takes(self.into):
             self.buffer_bytes = 0
-        elif not self.whole and chunks is not None:
+            return
+        if self.into is not None:
+            self.copying = threading.Lock()
+        if not self.whole and chunks is not None:
             start, end = chunks.cover(self.part.offset, self.part.length)
             if 2 * (end - start) <= chunks.payload_bytes:
                 self.chunks, self.start, self.buffer_bytes = chunks, start, pages(end - start)
 
     def give_up(self) -> None:
         """Nothing is copied into the caller's memory any more."""
-        with self.copying:
-            self.into = None
+        if self.copying is not None:
+            with self.copying:
+                self.into = None
 
     def second_look(self) -> "Target":
         """The same block, read into memory of ours."""
-        return msgspec.structs.replace(self, buffer_bytes=self.shelf.geometry.padded_bytes)
+        return msgspec.structs.replace(self, buffer_bytes=self.shelf.geometry.padded_bytes, copying=threading.Lock())
 
     def transfer(self) -> Transfer:
         """The read, which results in the checksum of the part's bytes."""
@@ -78,11 +82,15 @@ class Target(msgspec.Struct):
         else:
             read = segment.payload_read(within, self.buffer, self.checksum)
 
+        if self.whole and self.copying is None:
+            return read
+
         def cut() -> int:
             value, piece = read.finished(), self._piece
-            with self.copying:
-                if self.into is not None:
-                    copy(self.into, piece)
+            if self.copying is not None:
+                with self.copying:
+                    if self.into is not None:
+                        copy(self.into, piece)
             return value if self.whole else crc32c(piece)
 
         return msgspec.structs.replace(read, check=cut)

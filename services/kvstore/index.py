@@ -69,6 +69,10 @@ class Index:
         """The block in a slot; None when there is none."""
         return self._table.key(slot) if self._held.view[slot] else None
 
+    def holds(self, slot: int) -> bool:
+        """Whether there is a block in a slot."""
+        return bool(self._held.view[slot])
+
     def checksum(self, slot: int) -> int:
         return self._checksums.view[slot]
 

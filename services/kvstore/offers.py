@@ -47,6 +47,13 @@ class Offers:
         self._pins.view[slot] += 1
         self.withdraw(slot)
 
+    def hold(self, slots: Sequence[int]) -> None:
+        """`pin` of many; of one as often as it is named."""
+        at = np.array(slots, np.int32)
+        np.add.at(self._pins.array, at, 1)
+        for slot in slots:
+            self.withdraw(slot)
+
     def unpin(self, slot: int) -> None:
         assert self._pins.view[slot]
         self._pins.view[slot] -= 1

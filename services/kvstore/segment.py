@@ -93,8 +93,7 @@ class Segment:
         return not self.direct or address(into) % PAGE_BYTES == 0
 
     def payload_read(self, slot: int, into: memoryview, checksum: int) -> Transfer:
-        """Fills `into`, of payload length or padded length, with the verified payload; results in its checksum."""
-        assert self.takes(into)
+        """Fills `into`, which this `takes`, of payload length or padded length, with the verified payload; results in its checksum."""
         whole = len(into) // PAGE_BYTES * PAGE_BYTES
         tail = aligned(PAGE_BYTES) if self.direct and whole < len(into) else None
         length = self.geometry.payload_bytes
