@@ -35,7 +35,7 @@ PRIMERS, PRIMERS_AT_ONCE = 4, 2
 CROSSING = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)  # a storage link's rate over the rate at which one worker makes KV
 CROSSING_COMPUTE_MIN = 8.0  # the compute network's, likewise
 CROSSING_PRIMERS = 2
-CROSSING_ROUNDS = 5  # of `REPEATS` requests for each mode
+CROSSING_ROUNDS = 15  # of one request for each mode
 CROSSING_FAR = 2.0  # a side that takes so many times as long as the other in the first round is not asked again
 REPEATS = 3
 
@@ -132,8 +132,7 @@ class Experiment:
         with self._cluster(*modes) as cluster:
             for mode in modes:
                 self._prime(cluster, mode)
-            measured = [self._turns(cluster, [long], "one-request", modes, n) for n, long in enumerate(self._long)]
-            self._keep(measured)
+            self._keep([self._turn(cluster, long, "one-request", modes, n) for n, long in enumerate(self._long)])
 
     def crossing(self, modes: Sequence[str]) -> None:
         """The storage links' rate from far below to far above the speed of recomputing. At every rate the modes take turns, because
@@ -150,9 +149,10 @@ class Experiment:
                 self._lab.shape(Rates(over * made, max(CROSSING_COMPUTE_MIN, COMPUTE_OVER_STORAGE * over) * made))
                 for mode in modes:
                     self._prime(cluster, mode, CROSSING_PRIMERS)
-                rounds = [self._turns(cluster, shortest, "crossing", modes, 0, over)]
-                near = conclusions.near(rounds[0], CROSSING_FAR)
-                rounds += [self._turns(cluster, shortest, "crossing", near, n, over) for n in range(1, CROSSING_ROUNDS)]
+                rounds: list[dict[str, Measured]] = []
+                for number in range(CROSSING_ROUNDS):
+                    asked = conclusions.near(rounds[0], CROSSING_FAR) if rounds else modes
+                    rounds.append(self._turn(cluster, shortest[number % len(shortest)], "crossing", asked, number, over))
                 self._keep(rounds)
 
     def _guess(self, mode: str) -> float:
@@ -183,17 +183,15 @@ class Experiment:
         say(f"  {rate:g} agents/s: {found.slo_share:.0%} within the objective, {found.failed} failed")
         return found.slo_share >= self._slo.share and not found.failed
 
-    def _turns(
-        self, cluster: Cluster, contexts: Sequence[tuple[int, ...]], part: str, modes: Sequence[str], number: int, step: float = 0.0
+    def _turn(
+        self, cluster: Cluster, context: tuple[int, ...], part: str, modes: Sequence[str], number: int, step: float = 0.0
     ) -> dict[str, Measured]:  # fmt: skip
-        """One round: each mode asks for these contexts, one at a time, with a tail that is new. Every other round goes the other way about."""
+        """One round: each mode asks for this context, with a tail that is new. Every other round goes the other way about."""
         out = {}
         for mode in modes if number % 2 == 0 else modes[::-1]:
             rng = random.Random(f"{self._seed} {part} {mode} {step} {number}")
-            appended = self._setup.statistics.appended
-            first = number * len(contexts)
-            those = [Agent(n, context, (Turn(self._tokens(rng, appended), 2),)) for n, context in enumerate(contexts, first)]
-            out[mode] = self._measure(cluster, those, [0.0] * len(those), part, mode, step=step, at_once=1)
+            asks = Agent(number, context, (Turn(self._tokens(rng, self._setup.statistics.appended), 2),))
+            out[mode] = self._measure(cluster, [asks], [0.0], part, mode, step=step)
         return out
 
     def _keep(self, rounds: Sequence[dict[str, Measured]]) -> None:
