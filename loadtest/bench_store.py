@@ -44,7 +44,7 @@ import uvloop
 
 from common.disk.engine import EngineChoice, Machine, open_engine
 from loadtest.store.blocks import NAMESPACE, Blocks
-from loadtest.store.fio import BLOCKS_PER_READ, READS_IN_FLIGHT, Fio, Sample, require_fio
+from loadtest.store.fio import READS_IN_FLIGHT, Fio, Sample, blocks_per_read, require_fio
 from loadtest.store.local import LocalStore
 from loadtest.store.plain import PlainSocket
 from loadtest.store.service import CARRIERS, Service
@@ -152,7 +152,7 @@ async def service_rows(bench: Bench, folder: Path, sizes: list[int], depth: int,
     for size in sizes:
         # A full store for each size: what is written evicts and overwrites.
         place, blocks = folder / f"service-{size}", Blocks(size)
-        region_bytes = max(8 << 20, READS_IN_FLIGHT * BLOCKS_PER_READ * size)
+        region_bytes = max(8 << 20, READS_IN_FLIGHT * blocks_per_read(size) * size)
         service = await Service.start(place, region_bytes, FULL_BYTES, io, depth)
         stored = await service.fill(NAMESPACE, blocks, TOTAL_BYTES // size)
         ways: dict[str, Way] = {carrier: partial(service.read, stored, carrier, size) for carrier in CARRIERS}

@@ -10,10 +10,14 @@ from typing import Any
 import msgspec
 
 GIB = 1 << 30
-BLOCKS_PER_READ = 16  # of one request, as a worker reads
 READS_IN_FLIGHT = 3  # as a worker's
 SYNCING = 8  # requests of BATCH_BYTES: 4 to 9 ms of syncing, at 2 GB/s or more
 BATCH_BYTES = 8 << 20  # between two fdatasyncs: what one request of the byte plane brings
+
+
+def blocks_per_read(block_bytes: int) -> int:
+    """Of one request, as a worker reads."""
+    return max(16, min(64, (4 << 20) // block_bytes))
 
 
 def requests_in_flight(block_bytes: int, depth: int) -> int:

@@ -22,7 +22,7 @@ from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.memory import copy
 from common.transport.region import Region
 from loadtest.store.blocks import NAMESPACE, Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, Sample, requests_in_flight
+from loadtest.store.fio import BATCH_BYTES, Sample, blocks_per_read, requests_in_flight
 from loadtest.store.slices import Slice
 from services.kvstore.area import StoreArea
 from services.kvstore.checkpoint import footprint_bytes
@@ -55,8 +55,9 @@ class LocalStore:
         self.blocks = Blocks(block_bytes)
         self.depth = depth
         self._block_bytes = block_bytes
-        self._requests = max(2, 2 * depth // BLOCKS_PER_READ)
-        self._region = Region(max(depth, self._requests * BLOCKS_PER_READ) * block_bytes)
+        self._per_read = blocks_per_read(block_bytes)
+        self._requests = max(2, 2 * depth // self._per_read)
+        self._region = Region(max(depth, self._requests * self._per_read) * block_bytes)
         self._chain = self.blocks.chain(0)
         self._filled: set[int] = set()  # addresses of the store's buffers that hold a block's bytes already
 
@@ -84,7 +85,7 @@ class LocalStore:
         self._region.close()
 
     async def read(self, ramp_s: float, seconds: float) -> Sample:
-        return await self._read(self._requests, BLOCKS_PER_READ, ramp_s, seconds)
+        return await self._read(self._requests, self._per_read, ramp_s, seconds)
 
     async def read_closed(self, ramp_s: float, seconds: float) -> Sample:
         return await self._read(self.depth, 1, ramp_s, seconds)

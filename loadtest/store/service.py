@@ -1,6 +1,6 @@
 """The kvstore as a service: another process owns the disk, this one asks over gRPC and gets blocks in its stage.
 
-Reads are as a worker makes them: READS_IN_FLIGHT requests of BLOCKS_PER_READ blocks. The disk, whoever reads it, has at most
+Reads are as a worker makes them: READS_IN_FLIGHT requests of `blocks_per_read`. The disk, whoever reads it, has at most
 `depth` blocks at once; the others wait. Latencies are of a request. CPU seconds are of both processes.
 """
 
@@ -20,7 +20,7 @@ from common.transport.interface import LeaseToken, Part, PartStatus, Span
 from common.transport.pool import PeerTransport, PoolPrefer, TransportPool
 from common.transport.region import Region
 from loadtest.store.blocks import Blocks, keys
-from loadtest.store.fio import BATCH_BYTES, BLOCKS_PER_READ, READS_IN_FLIGHT, Sample, requests_in_flight
+from loadtest.store.fio import BATCH_BYTES, READS_IN_FLIGHT, Sample, blocks_per_read, requests_in_flight
 from loadtest.store.slices import Slice
 
 CARRIERS: tuple[PoolPrefer, ...] = ("extent", "shm", "tcp")
@@ -95,13 +95,14 @@ class Service:
     async def read(self, stored: StoredPrefix, carrier: PoolPrefer, block_bytes: int, ramp_s: float, seconds: float) -> Sample:
         transport = self._pools[carrier].transport(stored.endpoint)
         clock = Slice(ramp_s, seconds, self._cpu_s)
+        blocks = blocks_per_read(block_bytes)
 
         async def read_on(number: int) -> None:
-            spans = [Span((number * BLOCKS_PER_READ + i) * block_bytes, block_bytes) for i in range(BLOCKS_PER_READ)]
+            spans = [Span((number * blocks + i) * block_bytes, block_bytes) for i in range(blocks)]
             while clock.running:
                 began = time.perf_counter()
                 await _read_once(transport, stored.token, stored.blocks, spans)
-                clock.note(began, BLOCKS_PER_READ * block_bytes)
+                clock.note(began, blocks * block_bytes)
 
         await asyncio.gather(*map(read_on, range(READS_IN_FLIGHT)))
         assert transport.carrier == carrier, f"read by {transport.carrier}, not by {carrier}"

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from common.routes import Leg, Order, Source
 from services.worker.lease import Lease
-from services.worker.loading import BLOCKS_PER_READ
 
 
 class Grants:
@@ -23,7 +22,7 @@ class Grants:
         self._lease = lease
         self._legs = [leg for leg in legs if leg.source is Source.STORAGE_TO_DECODE]
         self._from = [leg.last_block for leg in self._legs]  # granted so far: [this, leg.last_block)
-        self._batches: deque[Sequence[int]] = deque()
+        self._granted: deque[Sequence[int]] = deque()  # and not asked for
         self._news = asyncio.Event()
         self._closed = False
         if order is not Order.MEET:
@@ -48,11 +47,16 @@ class Grants:
         self._closed = True
         self._news.set()
 
-    async def following(self) -> Sequence[int]:
-        while not self._batches and not self._closed:
+    async def following(self, most: int) -> Sequence[int]:
+        while not self._granted and not self._closed:
             self._news.clear()
             await self._news.wait()
-        return self._batches.popleft() if self._batches else ()
+        if not self._granted:
+            return ()
+        blocks = self._granted.popleft()
+        if len(blocks) > most:
+            self._granted.appendleft(blocks[most:])
+        return blocks[:most]
 
     def landed(self, came: Sequence[int], failed: Sequence[int]) -> None:
         for block in came:
@@ -62,5 +66,6 @@ class Grants:
 
     def _grant(self, blocks: Sequence[int]) -> None:
         self._lease.await_own(blocks)
-        self._batches.extend(blocks[at : at + BLOCKS_PER_READ] for at in range(0, len(blocks), BLOCKS_PER_READ))
+        if blocks:
+            self._granted.append(blocks)
         self._news.set()

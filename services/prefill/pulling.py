@@ -18,7 +18,7 @@ from common.transport.counters import Flow as Moved
 from common.transport.interface import Part, PartStatus
 from common.transport.pool import TransportPool
 from services.worker.links import Link, Queued
-from services.worker.loading import Batches
+from services.worker.loading import BLOCKS_PER_READ, Batches
 from services.worker.requests import StageLease
 from services.worker.stage import Stage
 
@@ -86,7 +86,7 @@ class _Pulling:
                 group.create_task(self._fetch())
 
     async def _ask_ahead(self) -> None:
-        while blocks := await self._order.batches():
+        while blocks := await self._order.batches(BLOCKS_PER_READ):
             self._open += 1
             await self._read(0, blocks)
         async with self._news:

@@ -30,7 +30,8 @@ from services.worker.stage import Stage
 from services.worker.turns import Turns
 
 log = Log("loading")
-BLOCKS_PER_READ = 16  # one request's worth: deep enough to keep the disk busy, small enough to fail early
+# One request's worth: deep enough to keep the disk busy, small enough to fail early. More of small blocks: up to READ_BYTES.
+BLOCKS_PER_READ, SMALL_BLOCKS_PER_READ, READ_BYTES = 16, 64, 4 << 20
 READS_IN_FLIGHT = 3  # from one kvstore, of all requests together: the disk has two while one is checked and the next asked for
 MEET_SHARE = 8  # of what is left of a leg that meets compute, a batch is so small a part that the ends meet closely
 
@@ -63,8 +64,13 @@ class Loaded(msgspec.Struct, frozen=True):
     failure: str
 
 
-# The next blocks to pull, as often as it is asked; empty when there are no more.
-Batches = Callable[[], Awaitable[Sequence[int]]]
+# The next blocks to pull, as often as it is asked, at most so many; empty when there are no more.
+Batches = Callable[[int], Awaitable[Sequence[int]]]
+
+
+def blocks_per_read(block_bytes: int) -> int:
+    """Of one request."""
+    return max(BLOCKS_PER_READ, min(SMALL_BLOCKS_PER_READ, READ_BYTES // block_bytes))
 
 
 class Pull(msgspec.Struct, frozen=True):
@@ -90,11 +96,12 @@ class Pull(msgspec.Struct, frozen=True):
 
 def in_order(blocks: Sequence[int]) -> Batches:
     """All of these blocks, from the first to the last."""
-    left = iter(range(0, len(blocks), BLOCKS_PER_READ))
+    first = 0
 
-    async def following() -> Sequence[int]:
-        first = next(left, len(blocks))
-        return blocks[first : first + BLOCKS_PER_READ]
+    async def following(most: int) -> Sequence[int]:
+        nonlocal first
+        first += most
+        return blocks[first - most : first]
 
     return following
 
@@ -102,8 +109,8 @@ def in_order(blocks: Sequence[int]) -> Batches:
 def from_back(ledger: Ledger, leg: Leg, claimed: Callable[[range], None] = lambda blocks: None) -> Batches:
     """A leg's blocks from its end, a batch at a time, until what is computed from the front is met."""
 
-    async def following() -> Sequence[int]:
-        blocks = ledger.claim_back(leg, max(1, min(BLOCKS_PER_READ, ledger.left(leg) // MEET_SHARE)))
+    async def following(most: int) -> Sequence[int]:
+        blocks = ledger.claim_back(leg, max(1, min(most, ledger.left(leg) // MEET_SHARE)))
         if blocks:
             claimed(blocks)
         return blocks
@@ -152,12 +159,13 @@ class Reader:
         carrier = ""
         until = time.monotonic() + pull.deadline_s
         number, turns = next(self._pulls), self._turns[pull.stored.kvstore]
+        most = blocks_per_read(self._codec.bytes_per_block)
         renewing = asyncio.create_task(self._renew(pull.stored))
         with self.link.queued(pull.blocks * self._codec.bytes_per_block) as queued:
 
             async def work() -> None:
                 nonlocal carrier
-                while blocks := await pull.batches():
+                while blocks := await pull.batches(most):
                     async with turns.turn(number) as answers:
                         silent = not carrier and not UNANSWERED.isdisjoint(failed.values())  # nobody is there: don't try again
                         if silent or not answers:

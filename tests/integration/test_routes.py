@@ -376,7 +376,7 @@ async def test_a_kvstore_that_stops_in_the_middle(
     await pair.keep(prompt)
     monkeypatch.setattr(links, "PATIENCE_S", 0.3)
     monkeypatch.setattr(links, "PATIENCE_FACTOR", 0.0)
-    monkeypatch.setattr(loading, "BLOCKS_PER_READ", 2)
+    monkeypatch.setattr(loading, "blocks_per_read", lambda block_bytes: 2)
     answered = StoreArea.read
 
     async def stops(self: StoreArea, token: Any, parts: Sequence[Part], into: Any) -> Any:

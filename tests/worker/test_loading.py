@@ -10,9 +10,9 @@ import pytest
 from common.transport.counters import Flow
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus
 from services.worker import links
-from services.worker.loading import BLOCKS_PER_READ, READS_IN_FLIGHT, Form, Pull, Reader, Stored, in_order
+from services.worker.loading import READS_IN_FLIGHT, SMALL_BLOCKS_PER_READ, Form, Pull, Reader, Stored, in_order
 
-BLOCKS = 4 * BLOCKS_PER_READ
+BLOCKS = 4 * SMALL_BLOCKS_PER_READ
 
 
 class Kvstore:
