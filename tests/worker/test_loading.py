@@ -1,16 +1,19 @@
 """The order in which a worker's requests read from a kvstore, and what a stalled one costs them. Transport and stage are stand-ins."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from common.routes import Leg, Order, Source
 from common.transport.counters import Flow
 from common.transport.interface import Endpoint, LeaseToken, Part, PartStatus
+from services.decode.grants import Grants
 from services.worker import links
-from services.worker.loading import READS_IN_FLIGHT, SMALL_BLOCKS_PER_READ, Form, Pull, Reader, Stored, in_order
+from services.worker.lease import Lease
+from services.worker.loading import READS_IN_FLIGHT, SMALL_BLOCKS_PER_READ, Batches, Form, Pull, Reader, Stored, in_order
 
 BLOCKS = 4 * SMALL_BLOCKS_PER_READ
 
@@ -50,6 +53,28 @@ async def pull(reader: Reader, number: int) -> tuple[str, list[int]]:
     blocks = range(BLOCKS)
     order = Pull(stored, blocks, in_order(blocks), BLOCKS, lambda good, bad: came.extend(good), Flow(), 60.0, Form.STORED)
     return (await reader.pull(order)).failure, sorted(came)
+
+
+async def test_a_read_asks_for_no_more_blocks_than_it_may_wherever_they_come_from() -> None:
+    leg = Leg(2, 50, Source.STORAGE_TO_DECODE)
+    awaited: list[int] = []
+    lease = cast(Lease, SimpleNamespace(await_own=awaited.extend))
+    for order in (Order.FORWARD, Order.MEET):
+        grants = Grants(lease, [leg], order)
+        if order is Order.MEET:
+            grants.granted([40])
+            grants.granted([2])
+            grants.close()
+        asked = [list(blocks) async for blocks in until_empty(grants.following)]
+        assert max(map(len, asked)) == 32 and sorted(sum(asked, [])) == list(range(2, 50)) == sorted(awaited)
+        awaited.clear()
+    asked = [list(blocks) async for blocks in until_empty(in_order(range(70)))]
+    assert [len(blocks) for blocks in asked] == [32, 32, 6] and sum(asked, []) == list(range(70))
+
+
+async def until_empty(batches: Batches) -> AsyncIterator[Sequence[int]]:
+    while blocks := await batches(32):
+        yield blocks
 
 
 async def test_requests_read_one_after_another_and_the_link_is_never_without_the_next_read() -> None:
