@@ -67,7 +67,7 @@ def calibrated(engine: Engine, longest: int) -> None:
         engine.add(NewSequence(ID, prompt, Sampling(max_tokens=1, temperature=0.0)))
         yield
 
-    calibrate(engine, add, engine.model.layout.block_tokens, longest)
+    calibrate(engine, add, longest)
 
 
 class DecodeWorker:

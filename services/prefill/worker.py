@@ -73,7 +73,7 @@ def calibrated(engine: PrefillEngine, stage: Stage) -> None:
             stage.free(slots)
 
     longest = min(engine.step_tokens_max, engine.context_tokens - 1, stage.slots_free * engine.block_tokens)
-    calibrate(engine, add, engine.block_tokens, longest)
+    calibrate(engine, add, longest)
 
 
 class PrefillWorker:

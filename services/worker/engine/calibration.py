@@ -26,10 +26,10 @@ class Calibrated(Protocol):
         ...
 
 
-def calibrate(engine: Calibrated, add: Callable[[int], AbstractContextManager[None]], first: int, longest: int) -> None:
-    """Computes made-up prompts of `first` tokens and up, to `longest`, as long as they take less than `STEP_S`. Of each, the quickest of a few counts:
-    at first kernels are chosen and memory is touched, and the machine may be busy with others. `add` hands one of so many tokens to the
-    engine, which is idle, its thread not yet running, and takes back what it was given for it."""
+def calibrate(engine: Calibrated, add: Callable[[int], AbstractContextManager[None]], longest: int) -> None:
+    """Computes made-up prompts of one token and up, to `longest`, as long as they take less than `STEP_S`: one token is a step's fixed part, which a
+    short tail consists of. Of each, the quickest of a few counts: at first kernels are chosen and memory is touched, and the machine may be busy
+    with others. `add` hands one of so many tokens to the engine, which is idle, its thread not yet running, and takes back what it was given for it."""
 
     def computed_s(tokens: int) -> float:
         with add(tokens):
@@ -41,7 +41,7 @@ def calibrate(engine: Calibrated, add: Callable[[int], AbstractContextManager[No
             return time.perf_counter() - began
 
     steps: list[tuple[int, float]] = []
-    size, took_s = min(first, longest), 0.0
+    size, took_s = 1, 0.0
     while size <= longest and took_s * GROWTH < STEP_S:
         took_s = min(computed_s(size) for _ in range(TIMES))
         steps.append((size, took_s))

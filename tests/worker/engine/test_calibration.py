@@ -29,10 +29,10 @@ def test_a_fresh_decode_worker_knows_its_speed_and_keeps_nothing(llama: Tiny) ->
 class Clocked:
     """An engine of a known speed, cold at first and held up now and then, by a clock of its own."""
 
-    def __init__(self, tokens_per_s: float) -> None:
+    def __init__(self, tokens_per_s: float, step_s: float = 0.0) -> None:
         self.now_s = 0.0
         self.steps: list[tuple[int, float]] = []
-        self._tokens_per_s = tokens_per_s
+        self._tokens_per_s, self._step_s = tokens_per_s, step_s
         self._times: dict[int, int] = {}
         self._left = 0
 
@@ -47,7 +47,7 @@ class Clocked:
 
     def step(self) -> StepResult:
         times = self._times[self._left] = self._times.get(self._left, 0) + 1
-        self.now_s += self._left / self._tokens_per_s + (1.0 if times == 1 else 0.05 if times % 2 else 0.0)
+        self.now_s += self._step_s + self._left / self._tokens_per_s + (1.0 if times == 1 else 0.05 if times % 2 else 0.0)
         self._left = 0
         return StepResult((), None)  # type: ignore[arg-type]
 
@@ -58,10 +58,21 @@ class Clocked:
 def test_cold_and_disturbed_tries_do_not_count_and_no_size_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Clocked(1000.0)
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: engine.now_s)
-    calibrate(engine, engine.add, 16, 10_000)
-    assert [tokens for tokens, _ in engine.steps] == [16, 64, 256]
+    calibrate(engine, engine.add, 10_000)
+    assert [tokens for tokens, _ in engine.steps] == [1, 4, 16, 64, 256]
     speed = Speed()
     for tokens, seconds in engine.steps:
         assert seconds == pytest.approx(tokens / 1000.0) and seconds < STEP_S
         speed.measured(tokens, seconds)
     assert speed.tokens_per_s == pytest.approx(1000.0, rel=1e-6)
+
+
+def test_what_a_short_tail_takes_is_known_although_few_sizes_are_quick_enough_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Clocked(1000.0, step_s=0.03)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: engine.now_s)
+    calibrate(engine, engine.add, 10_000)
+    speed = Speed()
+    for tokens, seconds in engine.steps:
+        speed.measured(tokens, seconds)
+    assert engine.steps[-1][0] == 64
+    assert (speed.step_s, speed.tokens_per_s) == (pytest.approx(0.03), pytest.approx(1000.0))
